@@ -1,0 +1,304 @@
+"""Everything processes say to each other, as frozen values.
+
+Commands are imperative (`RunForward`), events past tense (`StepCommitted`). Two vocabularies, each closed:
+
+* `Frame`: between stage workers, by tensor messaging (`wire`, `transports`). Every frame says for which node, stage
+  and placement epoch it is meant; a receiver drops what an older placement sent.
+* `Notice`: on the cluster's control stream, in one total order that every process reads alike. A notice is written by
+  the same Lua call that changed the hashes it speaks of, so a process that missed some reads the hashes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# --------------------------------------------------------------------------------------- frames, worker to worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunForward:
+    """Serve some positions of an item on the next stage. Tensors: hidden_BTD; for ``scores`` also targets_T."""
+
+    node: int
+    stage: int
+    epoch: int
+    item: str
+    attempt: int
+    version: str
+    position: int  # of the first of these tokens
+    wants: str  # "token", "scores" or "nothing": what the last stage computes
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenChosen:
+    """The last stage to stage 0: the token at ``position``."""
+
+    node: int
+    stage: int
+    epoch: int
+    item: str
+    attempt: int
+    position: int
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoresComputed:
+    """The last stage to stage 0: the log-probability of each reference token. Tensors: logprobs_T (float32)."""
+
+    node: int
+    stage: int
+    epoch: int
+    item: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseItem:
+    """Stage 0 to all later stages: the item has ended on this node; free its cache."""
+
+    node: int
+    stage: int
+    epoch: int
+    item: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardFailed:
+    """A later stage to stage 0: this item can't be computed, and why."""
+
+    node: int
+    stage: int
+    epoch: int
+    item: str
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainForward:
+    """One microbatch of a planned step on the next stage. Tensors: hidden_BTD, targets_T (-100: not in the loss)."""
+
+    node: int
+    stage: int
+    epoch: int
+    run: str
+    step: int
+    attempt: int
+    microbatch: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBackward:
+    """The gradient of a microbatch's hidden states, to the previous stage. Tensors: gradient_BTD."""
+
+    node: int
+    stage: int
+    epoch: int
+    run: str
+    step: int
+    attempt: int
+    microbatch: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddShardGradients:
+    """One virtual shard's gradients, to the same stage of another node. Tensors: one a parameter, in model order."""
+
+    node: int
+    stage: int
+    epoch: int
+    run: str
+    step: int
+    attempt: int
+    shard: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddTiedGradient:
+    """The other end's gradient of a tied embedding (first and last stage exchange theirs). Tensors: gradient_VD."""
+
+    node: int
+    stage: int
+    epoch: int
+    run: str
+    step: int
+    attempt: int
+
+
+Frame = (
+    RunForward
+    | TokenChosen
+    | ScoresComputed
+    | ReleaseItem
+    | ForwardFailed
+    | TrainForward
+    | TrainBackward
+    | AddShardGradients
+    | AddTiedGradient
+)
+
+# ------------------------------------------------------------------------------------- notices, on the control stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementChanged:
+    """A node's stages are hosted by other workers, or its links start afresh."""
+
+    node: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageReady:
+    """A stage holds its weights and can serve."""
+
+    node: int
+    stage: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkLost:
+    """A worker lost the connection to a neighbour of this node's current epoch."""
+
+    node: int
+    epoch: int
+    peer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStep:
+    """Compute a planned step: virtual shard ``i`` on node ``shard_nodes[i]``; all ``members`` take the sum."""
+
+    run: str
+    step: int
+    attempt: int
+    lineage: int
+    shard_nodes: tuple[int, ...]
+    members: tuple[int, ...]
+    epochs: tuple[int, ...]  # the members' placement epochs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCommitted:
+    """Every stage of every member had the step's gradients: all run their optimizers now."""
+
+    run: str
+    step: int
+    attempt: int
+    replay: int  # 1 if the step had been committed before and was computed again
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteShards:
+    """Write the training state as it is after ``step``: stage ``i`` is written by node ``writers[i]``."""
+
+    operation: str
+    run: str
+    step: int
+    lineage: int
+    optimizer: int  # 1: optimizer state too
+    writers: tuple[int, ...]
+    directory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadTraining:
+    """These nodes take their training state from a checkpoint."""
+
+    run: str
+    step: int
+    lineage: int
+    directory: str
+    nodes: tuple[int, ...]
+    epochs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareVersion:
+    """Every serving stage loads this published version, then reports it."""
+
+    version: str
+    directory: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionPublished:
+    """Items that start from now on are served by this version."""
+
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionRetired:
+    """No item uses this version any more."""
+
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemCancelled:
+    """A client took its item back; the node that runs it may forget it."""
+
+    item: str
+    node: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OperationAdvanced:
+    """An operation reached another state of its table, or one of its reports came in."""
+
+    operation: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlushRequested:
+    """A client wants its partial step planned now."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerRegistered:
+    """A worker process is there and can host stages."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFailed:
+    """A stage can't be built or loaded on this worker, with the reason."""
+
+    node: int
+    stage: int
+    epoch: int
+    reason: str
+
+
+Notice = (
+    PlacementChanged
+    | StageReady
+    | LinkLost
+    | RunStep
+    | StepCommitted
+    | WriteShards
+    | LoadTraining
+    | PrepareVersion
+    | VersionPublished
+    | VersionRetired
+    | ItemCancelled
+    | OperationAdvanced
+    | FlushRequested
+    | WorkerRegistered
+    | StageFailed
+)

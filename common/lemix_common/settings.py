@@ -1,0 +1,137 @@
+"""The settings of a cluster: one small frozen value, read once, refusing what it doesn't know.
+
+They come from a TOML file (``--config``), then ``LEMIX_*`` environment variables, then the command line, later ones
+winning. `lemix up` publishes them in the cluster's ``settings`` hash, where the services read theirs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lemix_common.errors import SettingsError
+
+POLICIES = ("naive-mix", "separate", "random")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSettings:
+    """What a cluster is made of and how it behaves."""
+
+    model: str = ""
+    """Folder of a Hugging Face model, or its hub id."""
+    nodes: int = 1
+    """Pipeline replicas of the model."""
+    stages: int = 1
+    """Stages of each node."""
+    workers: int = 0
+    """Worker processes that `lemix up` starts; 0: one a stage."""
+    policy: str = "naive-mix"
+    """Where items run: naive-mix, separate or random."""
+    training_share: float = 0.5
+    """For `separate`: the share of nodes that train."""
+    step_examples: int = 8
+    """Training examples of one optimizer step."""
+    max_step_wait_s: float = 0.0
+    """Plan a partial step when its oldest example has waited this long; 0: only on flush."""
+    learning_rate: float = 1e-4
+    """AdamW's learning rate."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    virtual_shards: int = 4
+    """Fixed parts of a step whose gradients are added in order, so that the sum doesn't depend on the nodes."""
+    seed: int = 0
+    """Seed of whatever is random: the random policy, sampling without a seed of its own."""
+    publish_every: int = 1
+    """Committed steps between published versions."""
+    checkpoint_every: int = 50
+    """Committed steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that stay on disk."""
+    max_queue: int = 10_000
+    """Accepted items that have not ended; more are refused with QueueFull."""
+    max_running: int = 16
+    """Requests that run on a node at a time."""
+    max_deliveries: int = 5
+    """Times an item may be started before it is dead-lettered."""
+    result_ttl_s: float = 3600.0
+    """How long results can be asked for."""
+    heartbeat_expiry_s: float = 3.0
+    """A worker that was silent for this long is dead."""
+    takeover_after_s: float = 20.0
+    """A lost stage waits this long for a fresh worker, then a living one hosts it too."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "nodes", "stages", "step_examples", "virtual_shards", "publish_every", "checkpoint_every",
+            "keep_checkpoints", "max_queue", "max_running", "max_deliveries",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("workers", "seed", "weight_decay", "max_step_wait_s"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("learning_rate", "result_ttl_s", "heartbeat_expiry_s", "takeover_after_s"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
+        _require(self.policy in POLICIES, "policy", self.policy, "one of " + ", ".join(POLICIES))
+        _require(0 < self.training_share < 1, "training_share", self.training_share, "between 0 and 1")
+        if self.policy == "separate":
+            _require(self.nodes >= 2, "nodes", self.nodes, "at least 2 with policy separate (one serves, one trains)")
+        _require(self.workers <= self.nodes * self.stages, "workers", self.workers, "at most nodes x stages")
+
+    @property
+    def num_workers(self) -> int:
+        """Worker processes to start."""
+        return self.workers or self.nodes * self.stages
+
+    def to_fields(self) -> dict[str, str]:
+        """As the readable fields of a Redis hash."""
+        return {name: str(value) for name, value in asdict(self).items()}
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise SettingsError(f"{name} = {value}: must be {wanted}")
+
+
+def settings_from(values: Mapping[str, object], *, where: str) -> dict[str, Any]:
+    """Typed settings of some text or TOML values; an unknown name or an unreadable value is refused, naming it."""
+    kinds = {field.name: type(field.default) for field in fields(ClusterSettings)}
+    typed: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in kinds:
+            raise SettingsError(f"{where}: unknown setting {name!r} (known: {', '.join(sorted(kinds))})")
+        try:
+            typed[name] = kinds[name](value)
+        except (TypeError, ValueError):
+            raise SettingsError(f"{where}: {name} = {value!r} is not {_A[kinds[name]]}") from None
+    return typed
+
+
+_A = {int: "a whole number", float: "a number", str: "a text"}
+_NOT_SETTINGS = {"LEMIX_URL", "LEMIX_CLUSTER", "LEMIX_DATA_DIR", "LEMIX_LOG_LEVEL"}
+
+
+def load_settings(
+    config: Path | None, environment: Mapping[str, str] | None = None, **overrides: object
+) -> ClusterSettings:
+    """Read file, then environment, then ``overrides`` (those not None); one `SettingsError` names what is wrong."""
+    values: dict[str, Any] = {}
+    if config is not None:
+        try:
+            values |= settings_from(tomllib.loads(config.read_text("utf-8")), where=str(config))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise SettingsError(f"{config}: can't be read as TOML: {error}") from None
+    environment = os.environ if environment is None else environment
+    named = {
+        name.removeprefix("LEMIX_").lower(): value
+        for name, value in environment.items()
+        if name.startswith("LEMIX_") and name not in _NOT_SETTINGS
+    }
+    values |= settings_from(named, where="environment")
+    values |= settings_from({k: v for k, v in overrides.items() if v is not None}, where="command line")
+    return ClusterSettings(**values)

@@ -1,0 +1,405 @@
+"""Items, from submission to their one end.
+
+::
+
+    score, generate:  queued ─▶ dispatched ─▶ running ─▶ done | failed | cancelled
+                        ▲___________│____________│          (a lost node's items go back, their attempt raised)
+    train:            queued ─▶ planned ─▶ committed ─▶ done     (queued ─▶ cancelled; poison ─▶ failed)
+
+Every call is idempotent: submit by item id, start, append, complete and fail by the attempt (the fencing token) and
+position, dispatch and redispatch by the state they start from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lemix_common.broker import LEADER_ONLY, NOTICE, Broker, Entry, Lua
+from lemix_common.errors import (
+    BadInput,
+    Fenced,
+    ItemUnknown,
+    QueueFull,
+    ShuttingDown,
+    TokenizerMismatch,
+)
+
+COORDINATORS = "coordinators"
+"""Consumer group of the submission stream."""
+STAGE_0 = "stage0"
+"""Consumer group of a node's work stream."""
+ENDED = frozenset({"done", "failed", "cancelled"})
+RETRY_AFTER_S = 1.0
+
+_REPLY = """
+local function reply(item, ...)
+  local client = redis.call('HGET', K.item(item), 'client')
+  if not client then return end
+  redis.call('XADD', K.replies(client), 'MAXLEN', '~', 100000, '*', 'item', item, ...)
+  redis.call('EXPIRE', K.replies(client), math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600))
+end
+"""
+
+_END = (
+    _REPLY
+    + """
+local function end_item(item, state, now, ...)
+  local kind, version = unpack(redis.call('HMGET', K.item(item), 'kind', 'weights_version'))
+  redis.call('HSET', K.item(item), 'state', state, 'ended_at', now, ...)
+  redis.call('HINCRBY', K.totals, state, 1)
+  redis.call('HINCRBY', K.totals, 'open', -1)
+  if kind ~= 'train' then
+    if version and redis.call('HINCRBY', K.versions_in_flight, version, -1) <= 0 then
+      redis.call('HDEL', K.versions_in_flight, version)
+    end
+    local keep_s = math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600)
+    redis.call('DEL', K.item_payload(item))
+    redis.call('EXPIRE', K.item(item), keep_s)
+    redis.call('EXPIRE', K.item_tokens(item), keep_s)
+  end
+end
+local function close_entry(node, entry)
+  redis.call('XACK', K.work(node), 'stage0', entry)
+  redis.call('XDEL', K.work(node), entry)
+end
+"""
+)
+
+_DEAD = """
+local function dead_letter(item, reason, now)
+  redis.call('XADD', K.dead_letters, 'MAXLEN', '~', 10000, '*', 'item', item, 'reason', reason, 'at', now)
+  redis.call('HINCRBY', K.totals, 'dead_lettered', 1)
+end
+"""
+
+_SUBMIT = Lua(
+    "submit",
+    """
+local item, fields, payload = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
+local state = redis.call('HGET', K.item(item), 'state')
+if state then return {'exists', state} end
+if redis.call('HGET', K.cluster_state, 'state') ~= 'running' then return {'stopping'} end
+local tokenizer = redis.call('HGET', K.model, 'tokenizer_sha256')
+if tokenizer and fields.tokenizer_sha256 and fields.tokenizer_sha256 ~= tokenizer then return {'mismatch'} end
+local open = tonumber(redis.call('HGET', K.totals, 'open') or '0')
+if open >= tonumber(redis.call('HGET', K.settings, 'max_queue')) then
+  redis.call('HINCRBY', K.totals, 'refused', 1)
+  return {'full', open}
+end
+for name, value in pairs(fields) do redis.call('HSET', K.item(item), name, value) end
+for name, value in pairs(payload) do redis.call('HSET', K.item_payload(item), name, value) end
+redis.call('HSET', K.item(item), 'state', 'queued')
+redis.call('HINCRBY', K.totals, 'submitted', 1)
+redis.call('HINCRBY', K.totals, 'open', 1)
+if fields.kind == 'train' then
+  redis.call('XADD', K.examples(fields.run), '*', 'item', item,
+             'tokens', fields.tokens, 'reference_tokens', fields.reference_tokens)
+else
+  redis.call('XADD', K.submissions, '*', 'item', item, 'kind', fields.kind, 'tokens', fields.tokens)
+end
+return {'accepted', 'queued'}
+""",
+)
+
+_DISPATCH = Lua(
+    "dispatch",
+    LEADER_ONLY
+    + """
+local entry, item, node, now = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local fresh = redis.call('HGET', K.item(item), 'state') == 'queued'
+if fresh then
+  local attempt = redis.call('HINCRBY', K.item(item), 'attempt', 1)
+  redis.call('HSET', K.item(item), 'state', 'dispatched', 'node', node, 'dispatched_at', now)
+  redis.call('XADD', K.work(node), '*', 'item', item, 'attempt', attempt)
+end
+redis.call('XACK', K.submissions, 'coordinators', entry)
+redis.call('XDEL', K.submissions, entry)
+return {fresh and 'ok' or 'stale'}
+""",
+)
+
+_REDISPATCH = Lua(
+    "redispatch",
+    LEADER_ONLY
+    + NOTICE
+    + _END
+    + _DEAD
+    + """
+local node, entry, item, target, reason, now = unpack(ARGV, 2, 7)
+close_entry(node, entry)
+local state, deliveries, at = unpack(redis.call('HMGET', K.item(item), 'state', 'deliveries', 'node'))
+if (state ~= 'dispatched' and state ~= 'running') or at ~= node then return {'stale'} end
+if tonumber(deliveries or '0') >= tonumber(redis.call('HGET', K.settings, 'max_deliveries')) then
+  local why = 'given up after ' .. deliveries .. ' deliveries: ' .. reason
+  end_item(item, 'failed', now, 'reason', why, 'dead_lettered', '1')
+  reply(item, 'event', 'failed', 'reason', why)
+  dead_letter(item, why, now)
+  return {'dead'}
+end
+local attempt = redis.call('HINCRBY', K.item(item), 'attempt', 1)
+if target == '' then
+  redis.call('HSET', K.item(item), 'state', 'queued')
+  redis.call('XADD', K.submissions, '*', 'item', item, 'kind', redis.call('HGET', K.item(item), 'kind'), 'tokens', 0)
+else
+  redis.call('HSET', K.item(item), 'state', 'dispatched', 'node', target, 'dispatched_at', now)
+  redis.call('XADD', K.work(target), '*', 'item', item, 'attempt', attempt)
+end
+return {'ok'}
+""",
+)
+
+_START = Lua(
+    "start",
+    """
+local item, attempt, node, worker, now = unpack(ARGV)
+local at = redis.call('HMGET', K.item(item), 'state', 'attempt', 'node', 'weights_version')
+if at[2] ~= attempt or at[3] ~= node or (at[1] ~= 'dispatched' and at[1] ~= 'running') then return {'stale'} end
+if not at[4] then
+  at[4] = redis.call('HGET', K.versions, 'served')
+  redis.call('HSET', K.item(item), 'weights_version', at[4])
+  redis.call('HINCRBY', K.versions_in_flight, at[4], 1)
+end
+if at[1] == 'dispatched' then redis.call('HINCRBY', K.item(item), 'deliveries', 1) end
+redis.call('HSET', K.item(item), 'state', 'running', 'worker', worker, 'started_at', now)
+return {'ok', redis.call('HGETALL', K.item(item)), redis.call('HGETALL', K.item_payload(item)),
+        redis.call('LRANGE', K.item_tokens(item), 0, -1)}
+""",
+)
+
+_CURRENT = """
+local function is_current(item, attempt)
+  local at = redis.call('HMGET', K.item(item), 'state', 'attempt')
+  return at[1] == 'running' and at[2] == attempt
+end
+"""
+
+_APPEND = Lua(
+    "append_tokens",
+    _REPLY
+    + _CURRENT
+    + """
+local item, attempt, position, tokens, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4]), ARGV[5]
+if not is_current(item, attempt) then return {'stale'} end
+local have = redis.call('LLEN', K.item_tokens(item))
+if position > have then return {'gap', have} end
+local fresh = {}
+for i, token in ipairs(tokens) do
+  if position + i > have then
+    redis.call('RPUSH', K.item_tokens(item), token)
+    fresh[#fresh + 1] = token
+  end
+end
+if #fresh > 0 then
+  if have == 0 then redis.call('HSET', K.item(item), 'first_token_at', now) end
+  reply(item, 'event', 'token', 'index', have, 'tokens', cjson.encode(fresh),
+        'weights_version', redis.call('HGET', K.item(item), 'weights_version'))
+end
+return {'ok'}
+""",
+)
+
+_COMPLETE = Lua(
+    "complete",
+    _END
+    + _CURRENT
+    + """
+local item, attempt, node, entry, result, now = unpack(ARGV)
+if not is_current(item, attempt) then close_entry(node, entry) return {'stale'} end
+end_item(item, 'done', now, 'result', result)
+reply(item, 'event', 'done', 'result', result, 'weights_version', redis.call('HGET', K.item(item), 'weights_version'))
+close_entry(node, entry)
+return {'ok'}
+""",
+)
+
+_FAIL = Lua(
+    "fail",
+    _END
+    + _CURRENT
+    + """
+local item, attempt, node, entry, reason, now = unpack(ARGV)
+if not is_current(item, attempt) then close_entry(node, entry) return {'stale'} end
+end_item(item, 'failed', now, 'reason', reason)
+reply(item, 'event', 'failed', 'reason', reason)
+close_entry(node, entry)
+return {'ok'}
+""",
+)
+
+_CANCEL = Lua(
+    "cancel",
+    NOTICE
+    + _END
+    + """
+local item, now = ARGV[1], ARGV[2]
+local state, kind, node = unpack(redis.call('HMGET', K.item(item), 'state', 'kind', 'node'))
+if not state then return {'unknown'} end
+if state == 'planned' or state == 'committed' then return {'late', state} end
+if state == 'done' or state == 'failed' or state == 'cancelled' then return {'ended', state} end
+end_item(item, 'cancelled', now)
+reply(item, 'event', 'cancelled')
+if kind == 'train' then
+  redis.call('DEL', K.item_payload(item))
+  redis.call('EXPIRE', K.item(item), math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600))
+elseif node then
+  notice('ItemCancelled', 'item', item, 'node', node)
+end
+return {'cancelled', 'cancelled'}
+""",
+)
+
+_CLOSE = Lua("close_entry", "redis.call('XACK', K.work(ARGV[1]), 'stage0', ARGV[2])\nredis.call('XDEL', K.work(ARGV[1]), ARGV[2])")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedItem:
+    """An inference item that stage 0 may work on, as the broker has it."""
+
+    item: str
+    attempt: int
+    entry: str
+    kind: str
+    version: str
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...]
+    tokens: tuple[int, ...]
+    """Generated by earlier attempts; they stay."""
+    fields: Mapping[str, str]
+
+
+Call = tuple[Lua, tuple[object, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """Calls about items."""
+
+    broker: Broker
+
+    # ---- by clients
+    def submit(self, item: str, fields: Mapping[str, object], payload: Mapping[str, Sequence[int]]) -> str:
+        """Accept an item; returns its state (an id that exists is a no-op). `QueueFull`, `ShuttingDown`, `TokenizerMismatch`."""
+        texts = {name: str(value) for name, value in fields.items()}
+        ids = {name: json.dumps(list(values), separators=(",", ":")) for name, values in payload.items()}
+        answer = self.broker.call(_SUBMIT, item, texts, ids)
+        match answer:
+            case ["accepted" | "exists", state]:
+                return str(state)
+            case ["full", depth]:
+                raise QueueFull(int(depth), RETRY_AFTER_S)
+            case ["mismatch"]:
+                raise TokenizerMismatch(
+                    f"item {item} was tokenized for another model than the cluster's: open a new Client"
+                )
+            case _:
+                raise ShuttingDown("the cluster is not running (stopping, or not started yet); nothing was accepted")
+
+    def cancel(self, item: str) -> bool:
+        """Take an item back; False if it had ended. A planned training example can't be taken out any more."""
+        match self.broker.call(_CANCEL, item, self._now()):
+            case ["cancelled", _]:
+                return True
+            case ["ended", _]:
+                return False
+            case ["late", state]:
+                raise BadInput(f"item {item} is {state}: its step is fixed, so it can't be cancelled any more")
+            case _:
+                raise ItemUnknown(f"no item {item} (or its result has expired)")
+
+    def get(self, item: str) -> dict[str, str]:
+        """The item's fields; `ItemUnknown` if there are none."""
+        fields = self.broker.hash(self.broker.keys.item(item))
+        if "state" not in fields:
+            raise ItemUnknown(f"no item {item} (or its result has expired)")
+        return fields
+
+    def tokens(self, item: str) -> list[int]:
+        """Tokens generated so far."""
+        values: Any = self.broker.again(lambda: self.broker.client.lrange(self.broker.keys.item_tokens(item), 0, -1))
+        return [int(value) for value in values]
+
+    # ---- by the coordinator
+    def dispatch(self, leader_epoch: int, entry: Entry, node: int) -> Call:
+        """The call that sends a queued item to a node (a no-op for one that is not queued any more)."""
+        return _DISPATCH, (leader_epoch, entry.id, entry.fields["item"], node, self._now())
+
+    def redispatch(self, leader_epoch: int, node: int, entry: Entry, *, target: int | None, reason: str) -> Call:
+        """The call that takes an item from a lost node to another (or back to the queue), or gives it up."""
+        to = "" if target is None else target
+        return _REDISPATCH, (leader_epoch, node, entry.id, entry.fields["item"], to, reason, self._now())
+
+    def submitted(self, consumer: str, *, count: int, pending: bool) -> list[Entry]:
+        """New submissions, or (``pending``) those read earlier and not dispatched."""
+        after = "0" if pending else ">"
+        stream = self.broker.keys.submissions
+        return self.broker.read_group(stream, COORDINATORS, consumer, block_s=0.001, count=count, after=after)
+
+    def work_of(self, node: int) -> list[Entry]:
+        """Every entry of a node's stream, pulled or not."""
+        stream = self.broker.keys.work(node)
+        entries: Any = self.broker.again(lambda: self.broker.client.xrange(stream))
+        return [Entry(stream, entry_id, dict(fields)) for entry_id, fields in entries]
+
+    # ---- by stage 0
+    def start(self, node: int, worker: str, entries: Sequence[Entry]) -> tuple[list[StartedItem], list[Entry]]:
+        """Take pulled entries into work: the items to run, and the entries that were stale."""
+        calls: list[Call] = [
+            (_START, (entry.fields["item"], entry.fields["attempt"], node, worker, self._now())) for entry in entries
+        ]
+        started, stale = [], []
+        for entry, answer in zip(entries, self.broker.call_many(calls), strict=True):
+            if answer[0] == "stale":
+                stale.append(entry)
+            else:
+                started.append(_started(entry, *answer[1:]))
+        return started, stale
+
+    def append_tokens(self, item: str, attempt: int, position: int, tokens: Sequence[int]) -> Call:
+        """The call that gives the client generated tokens, the first of them at ``position``."""
+        return _APPEND, (item, attempt, position, list(tokens), self._now())
+
+    def complete(self, started: StartedItem, node: int, result: Mapping[str, object]) -> Call:
+        """The call that ends an item as done and acknowledges its entry."""
+        return _COMPLETE, (started.item, started.attempt, node, started.entry, dict(result), self._now())
+
+    def fail(self, started: StartedItem, node: int, reason: str) -> Call:
+        """The call that ends an item as failed and acknowledges its entry."""
+        return _FAIL, (started.item, started.attempt, node, started.entry, reason, self._now())
+
+    def close_entry(self, node: int, entry: str) -> Call:
+        """The call that drops an entry whose item has gone elsewhere."""
+        return _CLOSE, (node, entry)
+
+    def _now(self) -> str:
+        return f"{self.broker.clock.now():.6f}"
+
+
+def fence(answer: Sequence[object]) -> str:
+    """The first word of a leader's call; `Fenced` if another coordinator leads."""
+    if answer[0] == "fenced":
+        raise Fenced("another coordinator leads")
+    return str(answer[0])
+
+
+def pairs(values: Sequence[str]) -> dict[str, str]:
+    """A hash as Lua returns it: names and values in turn."""
+    return dict(zip(values[::2], values[1::2], strict=True))
+
+
+def _started(entry: Entry, fields: Any, payload: Any, tokens: Any) -> StartedItem:
+    known = fields if isinstance(fields, dict) else pairs(fields)
+    ids = {k: tuple(json.loads(v)) for k, v in (payload if isinstance(payload, dict) else pairs(payload)).items()}
+    return StartedItem(
+        item=entry.fields["item"],
+        attempt=int(entry.fields["attempt"]),
+        entry=entry.id,
+        kind=known["kind"],
+        version=known["weights_version"],
+        prompt=ids["prompt"],
+        reference=ids.get("reference", ()),
+        tokens=tuple(int(token) for token in tokens),
+        fields=known,
+    )

@@ -1,0 +1,302 @@
+"""Training steps of a run: planned once, run in attempts, committed by compare-and-set.
+
+A step's contents are a pure function of submission order and settings. An *attempt* is one try to compute a step with
+given members; a lost member means another attempt. The last of the members' stages to report its gradients commits
+the step, in Redis, whoever leads; only then do the optimizers run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lemix_common.broker import LEADER_ONLY, NOTICE, Broker, Entry, Lua
+from lemix_common.store.items import Call, fence
+
+_PLAN = Lua(
+    "plan_step",
+    LEADER_ONLY
+    + """
+local run, step, cursor, items, fields = ARGV[2], tonumber(ARGV[3]), ARGV[4], cjson.decode(ARGV[5]), cjson.decode(ARGV[6])
+if tonumber(redis.call('HGET', K.run(run), 'planned')) ~= step - 1 then return {'stale'} end
+for _, item in ipairs(items) do
+  if redis.call('HGET', K.item(item), 'state') ~= 'queued' then return {'changed'} end
+end
+for name, value in pairs(fields) do redis.call('HSET', K.step(run, step), name, value) end
+for _, item in ipairs(items) do redis.call('HSET', K.item(item), 'state', 'planned', 'step', step) end
+redis.call('HSET', K.run(run), 'planned', step)
+redis.call('XTRIM', K.examples(run), 'MINID', cursor)
+redis.call('XDEL', K.examples(run), cursor)
+return {'ok'}
+""",
+)
+
+_DROP_EXAMPLES = Lua(
+    "drop_examples",
+    LEADER_ONLY + "for i = 3, #ARGV do redis.call('XDEL', K.examples(ARGV[2]), ARGV[i]) end\nreturn {'ok'}",
+)
+
+_FLUSH = Lua(
+    "flush",
+    NOTICE
+    + """
+local run = ARGV[1]
+local newest = redis.call('XREVRANGE', K.examples(run), '+', '-', 'COUNT', 1)
+if #newest > 0 then
+  redis.call('HSET', K.run(run), 'flush_until', newest[1][1])
+  notice('FlushRequested', 'run', run)
+end
+return {redis.call('HGET', K.run(run), 'planned'), #newest}
+""",
+)
+
+_START_STEP = Lua(
+    "start_step",
+    LEADER_ONLY
+    + NOTICE
+    + """
+local run, step, members, shard_nodes, epochs, seen_attempt, seen_committed = unpack(ARGV, 2, 8)
+local at = redis.call('HMGET', K.run(run), 'planned', 'committed', 'lineage')
+if (redis.call('HGET', K.run(run), 'attempt') or '0') ~= seen_attempt or at[2] ~= seen_committed then return {'stale'} end
+local stages = tonumber(redis.call('HGET', K.cluster_state, 'stages'))
+local attempt = redis.call('HINCRBY', K.run(run), 'attempt', 1)
+redis.call('DEL', K.step_ready(run))
+redis.call('HSET', K.run(run), 'attempt_step', step, 'expected', #cjson.decode(members) * stages,
+           'members', members, 'epochs', epochs)
+notice('RunStep', 'run', run, 'step', step, 'attempt', attempt, 'lineage', at[3],
+       'shard_nodes', shard_nodes, 'members', members, 'epochs', epochs)
+return {'ok', attempt}
+""",
+)
+
+_GRADIENTS_READY = Lua(
+    "gradients_ready",
+    NOTICE
+    + """
+local run, step, attempt, node, stage, losses, now = unpack(ARGV)
+local at = redis.call('HMGET', K.run(run), 'attempt', 'attempt_step', 'expected', 'committed', 'concluded', 'lineage')
+if at[1] ~= attempt or at[2] ~= step then return {'stale'} end
+redis.call('HSET', K.step_ready(run), node .. ':' .. stage, losses)
+if redis.call('HLEN', K.step_ready(run)) < tonumber(at[3]) then return {'waiting'} end
+if at[5] == attempt then return {'ok'} end
+redis.call('HSET', K.run(run), 'concluded', attempt)
+local replay = 1
+if tonumber(step) == tonumber(at[4]) + 1 then
+  replay = 0
+  local order, loss_of = {}, {}
+  for _, report in ipairs(redis.call('HVALS', K.step_ready(run))) do
+    for microbatch, loss in pairs(cjson.decode(report)) do
+      order[#order + 1] = tonumber(microbatch)
+      loss_of[tonumber(microbatch)] = loss
+    end
+  end
+  table.sort(order)
+  local loss = 0
+  for _, microbatch in ipairs(order) do loss = loss + loss_of[microbatch] end
+  redis.call('HSET', K.step(run, step), 'committed_at', now, 'loss', string.format('%.9g', loss), 'attempt', attempt)
+  redis.call('HSET', K.run(run), 'committed', step)
+  for _, item in ipairs(cjson.decode(redis.call('HGET', K.step(run, step), 'items'))) do
+    redis.call('HSET', K.item(item), 'state', 'committed')
+  end
+end
+local stages = tonumber(redis.call('HGET', K.cluster_state, 'stages'))
+local members, epochs = unpack(redis.call('HMGET', K.run(run), 'members', 'epochs'))
+members, epochs = cjson.decode(members), cjson.decode(epochs)
+for i, member in ipairs(members) do
+  if tonumber(redis.call('HGET', K.node(member), 'epoch')) == epochs[i] then
+    for s = 0, stages - 1 do redis.call('HSET', K.node(member), 'training:' .. s, step) end
+  end
+end
+notice('StepCommitted', 'run', run, 'step', step, 'attempt', attempt, 'replay', replay)
+return {'ok'}
+""",
+)
+
+_FORGET_STEPS = Lua(
+    "forget_steps",
+    LEADER_ONLY
+    + """
+local run, upto = ARGV[2], tonumber(ARGV[3])
+local first = tonumber(redis.call('HGET', K.run(run), 'kept_from') or '1')
+local keep_s = math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600)
+for step = first, math.min(upto, first + 63) do
+  for _, item in ipairs(cjson.decode(redis.call('HGET', K.step(run, step), 'items') or '[]')) do
+    redis.call('DEL', K.item_payload(item))
+    redis.call('EXPIRE', K.item(item), keep_s)
+  end
+  redis.call('EXPIRE', K.step(run, step), keep_s)
+  first = step + 1
+end
+redis.call('HSET', K.run(run), 'kept_from', first)
+return {'ok', first}
+""",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """Where a run is."""
+
+    run: str
+    lineage: int
+    planned: int
+    committed: int
+    checkpoint: int
+    """The newest step a durable checkpoint covers."""
+    checkpoint_directory: str
+    published: int
+    """The newest step a served version contains."""
+    attempt: int
+    attempt_step: int
+    members: tuple[int, ...]
+    epochs: tuple[int, ...]
+    concluded: int
+    loading: tuple[tuple[int, int], ...]
+    """(node, epoch) of those told to load their training state."""
+    flush_until: str
+    kept_from: int
+    """The oldest step whose payloads are still there."""
+
+    @property
+    def in_flight(self) -> bool:
+        """An attempt was started and neither committed nor replayed."""
+        return self.attempt > self.concluded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStep:
+    """What a step consists of: fixed before it runs, whoever runs it."""
+
+    run: str
+    step: int
+    items: tuple[str, ...]
+    """One microbatch each, in submission order."""
+    shards: tuple[int, ...]
+    """The virtual shard of each microbatch, rising."""
+    reference_tokens: int
+    """Of the whole step: what its loss is the mean over."""
+    learning_rate: float
+    weight_decay: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """Calls about a run's steps."""
+
+    broker: Broker
+    run: str
+
+    def state(self) -> RunState:
+        """The run's state now."""
+        return run_state(self.run, self.broker.hash(self.broker.keys.run(self.run)))
+
+    def queued_examples(self, count: int) -> list[Entry]:
+        """The oldest examples that no step has."""
+        stream = self.broker.keys.examples(self.run)
+        entries: Any = self.broker.again(lambda: self.broker.client.xrange(stream, count=count))
+        return [Entry(stream, entry_id, dict(fields)) for entry_id, fields in entries]
+
+    def drop_examples(self, leader_epoch: int, entries: Sequence[Entry]) -> None:
+        """Take cancelled examples out of the stream."""
+        fence(self.broker.call(_DROP_EXAMPLES, leader_epoch, self.run, *(entry.id for entry in entries)))
+
+    def plan(self, leader_epoch: int, step: PlannedStep, *, cursor: str) -> str:
+        """Make a step durable; ``changed`` if an example was cancelled meanwhile, ``stale`` if the step exists."""
+        fields = {
+            "items": json.dumps(step.items),
+            "shards": json.dumps(step.shards),
+            "reference_tokens": step.reference_tokens,
+            "learning_rate": repr(step.learning_rate),
+            "weight_decay": repr(step.weight_decay),
+            "seed": step.seed,
+            "planned_at": f"{self.broker.clock.now():.6f}",
+        }
+        return fence(self.broker.call(_PLAN, leader_epoch, self.run, step.step, cursor, list(step.items), fields))
+
+    def step(self, step: int) -> PlannedStep:
+        """A planned step as it was made durable."""
+        fields = self.broker.hash(self.broker.keys.step(self.run, step))
+        return PlannedStep(
+            run=self.run,
+            step=step,
+            items=tuple(json.loads(fields["items"])),
+            shards=tuple(json.loads(fields["shards"])),
+            reference_tokens=int(fields["reference_tokens"]),
+            learning_rate=float(fields["learning_rate"]),
+            weight_decay=float(fields["weight_decay"]),
+            seed=int(fields["seed"]),
+        )
+
+    def examples(self, items: Sequence[str]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Prompt and reference of planned examples."""
+        payloads = self.broker.hashes(self.broker.keys.item_payload(item) for item in items)
+        return [(tuple(json.loads(p["prompt"])), tuple(json.loads(p["reference"]))) for p in payloads]
+
+    def flush(self) -> tuple[int, bool]:
+        """Have what is queued planned even as a partial step: the last planned step, and whether anything waited."""
+        planned, waiting = self.broker.call(_FLUSH, self.run)
+        return int(planned), bool(int(waiting))
+
+    def start_step(
+        self,
+        leader_epoch: int,
+        step: int,
+        *,
+        members: Sequence[int],
+        epochs: Sequence[int],
+        shard_nodes: Sequence[int],
+        seen: RunState,
+    ) -> str:
+        """Begin another attempt at a step (or a committed one's replay); ``stale`` if the run moved on since ``seen``."""
+        answer = self.broker.call(
+            _START_STEP,
+            leader_epoch,
+            self.run,
+            step,
+            list(members),
+            list(shard_nodes),
+            list(epochs),
+            seen.attempt,
+            seen.committed,
+        )
+        return fence(answer)
+
+    def gradients_ready(
+        self, step: int, attempt: int, *, node: int, stage: int, losses: Mapping[int, float]
+    ) -> Call:
+        """The call that reports a stage's gradients; the last one commits. ``losses``: microbatch to its share."""
+        report = {str(microbatch): loss for microbatch, loss in losses.items()}
+        now = f"{self.broker.clock.now():.6f}"
+        return _GRADIENTS_READY, (self.run, step, attempt, node, stage, report, now)
+
+    def forget_steps(self, leader_epoch: int, upto: int) -> None:
+        """Let the payloads of steps that a durable checkpoint covers go."""
+        fence(self.broker.call(_FORGET_STEPS, leader_epoch, self.run, upto))
+
+
+def run_state(run: str, fields: Mapping[str, str]) -> RunState:
+    """Parse a run's hash."""
+
+    def number(name: str, default: int = 0) -> int:
+        return int(fields.get(name) or default)
+
+    return RunState(
+        run=run,
+        lineage=number("lineage"),
+        planned=number("planned"),
+        committed=number("committed"),
+        checkpoint=number("checkpoint"),
+        attempt=number("attempt"),
+        attempt_step=number("attempt_step"),
+        members=tuple(json.loads(fields.get("members") or "[]")),
+        epochs=tuple(json.loads(fields.get("epochs") or "[]")),
+        concluded=number("concluded"),
+        checkpoint_directory=fields.get("checkpoint_directory", ""),
+        published=number("published"),
+        loading=tuple((node, epoch) for node, epoch in json.loads(fields.get("loading") or "[]")),
+        flush_until=fields.get("flush_until", ""),
+        kept_from=number("kept_from", 1),
+    )

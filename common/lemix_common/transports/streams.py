@@ -1,0 +1,156 @@
+"""Frames over a connected socket: the sender's own memory in, pooled memory out.
+
+Sending is one `sendmsg` of the frame's pieces. Receiving reads a little ahead, so that a small frame costs
+one system call; the rest of a large payload goes from the kernel straight into its pooled buffer. Everything
+blocks in the kernel, without Python's lock.
+
+A connection ends in one way: `shutdown`, which wakes whoever is blocked in it, from any thread. Its file
+descriptor is closed only when nobody is inside any more, so that a number the kernel gave to another socket
+is never read.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from threading import Lock
+from typing import Final
+
+from lemix_common.errors import BadFrame, PeerLost
+from lemix_common.ids import WorkerId
+from lemix_common.messages import Frame
+from lemix_common.transports.base import Delivery
+from lemix_common.transports.pool import BufferPool
+from lemix_common.wire import FRAMES, PRELUDE_BYTES, TensorBuffer
+
+_READ_AHEAD: Final = 2**14
+_PIECES: Final = 1_024
+"""Of one `sendmsg`; Linux takes no more."""
+
+
+class SocketChannel:
+    """A channel over a connected, authenticated, blocking socket that has a send time-out (`SO_SNDTIMEO`)."""
+
+    def __init__(self, connection: socket.socket, peer: WorkerId, pool: BufferPool) -> None:
+        self._connection = connection
+        self._peer = peer
+        self._pool = pool
+        self._reader = _Reader(connection)
+        self._sending = Lock()
+        self._receiving = Lock()
+        self._end: str | None = None
+
+    @property
+    def peer(self) -> WorkerId:
+        """The worker at the other end."""
+        return self._peer
+
+    def send(self, frame: Frame, tensors: Sequence[TensorBuffer] = ()) -> None:
+        """Send a frame; a failure ends the connection, since nobody knows where a next frame would begin."""
+        pieces = FRAMES.encode(frame, tensors)
+        with self._sending:
+            self._check_open()
+            try:
+                send_all(self._connection, pieces)
+            except BlockingIOError as error:
+                raise self._lost(f"{self._peer} takes nothing any more") from error
+            except OSError as error:
+                raise self._lost(f"{self._peer} ended the connection ({error.strerror or error})") from error
+
+    def receive(self) -> Delivery:
+        """Wait for the next frame."""
+        with self._receiving:
+            self._check_open()
+            try:
+                return self._read_frame()
+            except EOFError as error:
+                raise self._lost(f"{self._peer} ended the connection") from error
+            except OSError as error:
+                raise self._lost(f"{self._peer} ended the connection ({error.strerror or error})") from error
+            except BadFrame:
+                self._lost(f"{self._peer} sent a bad frame")
+                raise
+
+    def close(self) -> None:
+        """End the connection, wait until nobody is inside, and close it."""
+        self._lost(f"the channel to {self._peer} was closed")
+        with self._sending, self._receiving:
+            self._connection.close()
+
+    def _read_frame(self) -> Delivery:
+        prelude = FRAMES.read_prelude(self._reader.read(PRELUDE_BYTES))
+        header = FRAMES.read_header(prelude, self._reader.read(prelude.header_bytes))
+        payload, release = self._pool.take(prelude.payload_bytes)
+        self._reader.read_into(payload)
+        return Delivery(header.message, header.tensors(payload), release)
+
+    def _check_open(self) -> None:
+        if self._end is not None:
+            raise PeerLost(self._end)
+
+    def _lost(self, reason: str) -> PeerLost:
+        """Mark the channel as ended, for the first reason it had, and wake whoever is blocked in it."""
+        if self._end is None:
+            self._end = reason
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        return PeerLost(self._end)
+
+
+def send_all(connection: socket.socket, pieces: list[memoryview]) -> None:
+    """Send all the pieces in order; `BlockingIOError` if a time-out passes in which none of it was taken."""
+    while pieces:
+        sent = connection.sendmsg(pieces[:_PIECES])
+        pieces = _without(pieces, sent)
+
+
+def _without(pieces: list[memoryview], sent: int) -> list[memoryview]:
+    for index, piece in enumerate(pieces):
+        if sent < piece.nbytes:
+            return [piece[sent:], *pieces[index + 1 :]]
+        sent -= piece.nbytes
+    return []
+
+
+class _Reader:
+    """Exact reads from a connection, `EOFError` at its end; what was read ahead is taken first."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._ahead = memoryview(bytearray(_READ_AHEAD))
+        self._start = self._end = 0
+
+    def read(self, num_bytes: int) -> memoryview:
+        """Few bytes, good until the next read."""
+        if num_bytes and self._start == self._end:
+            self._read_ahead()
+        if self._end - self._start >= num_bytes:
+            self._start += num_bytes
+            return self._ahead[self._start - num_bytes : self._start]
+        view = memoryview(bytearray(num_bytes))
+        self.read_into(view)
+        return view
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill the view."""
+        while view:
+            if self._start < self._end:
+                num_bytes = min(len(view), self._end - self._start)
+                view[:num_bytes] = self._ahead[self._start : self._start + num_bytes]
+                self._start += num_bytes
+            elif len(view) >= _READ_AHEAD:
+                num_bytes = self._receive_into(view, socket.MSG_WAITALL)
+            else:
+                num_bytes = 0
+                self._read_ahead()
+            view = view[num_bytes:]
+
+    def _read_ahead(self) -> None:
+        self._start, self._end = 0, self._receive_into(self._ahead)
+
+    def _receive_into(self, view: memoryview, flags: int = 0) -> int:
+        num_bytes = self._connection.recv_into(view, len(view), flags)
+        if num_bytes == 0:
+            raise EOFError
+        return num_bytes

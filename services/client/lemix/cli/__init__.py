@@ -1,0 +1,1 @@
+"""The `lemix` command: one file a subject, each with a `register`."""

@@ -1,0 +1,216 @@
+"""`Client`: submit, stream, wait, cancel, from a user's program. It needs no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, Self, overload
+
+from lemix.answers import Answer, Generation, Score, Trained
+from lemix.connection import Connection, open_connection
+from lemix.discovery import find_cluster
+from lemix.flushing import flush
+from lemix.futures import Future
+from lemix.inbox import Inbox
+from lemix.items import DEFAULT_NEW_TOKENS, GenerateItem, Item, ScoreItem, Text, TrainItem
+from lemix.preparation import PreparedItem, prepare
+from lemix.replies import Reply
+from lemix.status import Status, read_status
+from lemix.token_stream import TokenStream
+from lemix.waiting import WaitingItem
+from lemix_common.errors import BadInput, BrokerUnreachable, QueueFull, WaitTimeout
+from lemix_common.ids import ItemId, check_item_id, new_item_id
+from lemix_common.sampling import GREEDY, Sampling
+from lemix_common.store.cluster import MAIN_RUN
+from lemix_common.store.items import ENDED, Items
+
+
+class Client:
+    """A cluster's client; may be shared by threads.
+
+    Every item has an id, and submitting an id again is no second item: after any error the same call may be repeated.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        *,
+        cluster: str | None = None,
+        patience_s: float = 60.0,
+        on_reply: Callable[[Reply], None] | None = None,
+        connection: Connection | None = None,
+    ) -> None:
+        """Find the cluster by ``url``, then ``LEMIX_URL``, then ``.lemix/cluster.json``.
+
+        A broker that is away is waited for, up to ``patience_s``. ``on_reply`` sees each reply, in the inbox's thread.
+        """
+        self._is_own = connection is None
+        self._connection = connection or open_connection(find_cluster(url, cluster), patience_s=patience_s)
+        self._broker = self._connection.broker
+        self._items = Items(self._broker)
+        self.name = new_item_id()
+        self._inbox = Inbox(self._broker, self._broker.keys.replies(self.name), on_reply)
+
+    # ---- any item
+    @overload
+    def submit(self, item: ScoreItem) -> Future[Score]: ...
+    @overload
+    def submit(self, item: GenerateItem) -> Future[Generation]: ...
+    @overload
+    def submit(self, item: TrainItem) -> Future[Trained]: ...
+    def submit(self, item: Item) -> Future[Any]:
+        """Queue an item and return at once. `BadInput` and `Refused`: nothing was queued."""
+        return self._submit(self._prepare_one(item)).future
+
+    def result(self, item_id: str, timeout: float | None = None) -> Answer:
+        """The answer of an item, whoever submitted it; `ItemUnknown` if there is none, or it has expired."""
+        waiting = self._inbox.find(ItemId(item_id)) or self._look_up(check_item_id(item_id))
+        answer: Answer = waiting.future.result(timeout)
+        return answer
+
+    def cancel(self, item_id: str) -> bool:
+        """Take an item back; False if it had ended. `BadInput` if it is a training example of a planned step."""
+        return self._items.cancel(item_id)
+
+    # ---- inference
+    def score(self, prompt: Text, reference: Text, *, timeout: float | None = None) -> Score:
+        """How likely the model finds ``reference`` after ``prompt``."""
+        return self.submit(ScoreItem(prompt, reference)).result(timeout)
+
+    def generate(
+        self,
+        prompt: Text,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        *,
+        sampling: Sampling = GREEDY,
+        ignore_eos: bool = False,
+        timeout: float | None = None,
+    ) -> Generation:
+        """What the model says after ``prompt``."""
+        item = GenerateItem(prompt, max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
+        return self.submit(item).result(timeout)
+
+    def stream(
+        self,
+        prompt: Text,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        *,
+        sampling: Sampling = GREEDY,
+        ignore_eos: bool = False,
+        timeout: float | None = None,
+    ) -> TokenStream:
+        """The same, chunk by chunk as it comes; ``timeout`` is for the whole."""
+        item = GenerateItem(prompt, max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
+        return self.stream_item(item, timeout=timeout)
+
+    def stream_item(self, item: GenerateItem, *, timeout: float | None = None) -> TokenStream:
+        """The stream of an item of its own making."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return TokenStream(self._submit(self._prepare_one(item)), deadline)
+
+    # ---- training
+    def train(self, prompt: Text, reference: Text) -> Future[Trained]:
+        """Queue a training example; its future ends when the served weights contain it (see `flush`)."""
+        return self.submit(TrainItem(prompt, reference))
+
+    def train_many(
+        self, examples: Iterable[TrainItem | tuple[Text, Text]], *, timeout: float | None = None
+    ) -> list[Future[Trained]]:
+        """Queue examples in order: all are checked before the first is queued, a full queue is waited for.
+
+        An example whose rule is ``split`` gives a future for each of its parts.
+        """
+        items = [example if isinstance(example, TrainItem) else TrainItem(*example) for example in examples]
+        prepared = [part for item in items for part in prepare(item, self._connection.tokenization)]
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return [self._submit_when_there_is_room(part, deadline).future for part in prepared]
+
+    def flush(self, timeout: float | None = None, *, run: str = MAIN_RUN) -> str:
+        """Wait until everything submitted before is in the served weights; returns their version."""
+        return flush(self._broker, run, timeout_s=timeout)
+
+    # ---- the cluster
+    def status(self) -> Status:
+        """What `lemix status --json` prints."""
+        return read_status(self._broker)
+
+    def close(self) -> None:
+        """Stop listening; what was submitted goes on."""
+        self._inbox.close()
+        hasty = replace(self._broker, patience_s=0.0)
+        with suppress(BrokerUnreachable):  # the stream expires by itself
+            hasty.again(lambda: hasty.client.delete(self._inbox.stream))
+        if self._is_own:
+            self._broker.client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- how
+    def _prepare_one(self, item: Item) -> PreparedItem:
+        parts = prepare(item, self._connection.tokenization)
+        if len(parts) > 1:
+            raise BadInput(
+                f"the example must be cut into {len(parts)} parts, each with its own future: use train_many"
+            )
+        return parts[0]
+
+    def _submit(self, prepared: PreparedItem) -> WaitingItem:
+        future: Future[Any] = Future(prepared.item_id, self.cancel)
+        waiting = self._inbox.expect(
+            WaitingItem(future, prepared.kind, prepared.prompt_end, self._connection.tokenization.decode)
+        )
+        about = {"client": self.name, "submitted_at": f"{self._broker.clock.now():.6f}"}
+        try:
+            self._items.submit(prepared.item_id, prepared.fields | about, prepared.payload)
+            if prepared.is_named:
+                self._recognize(waiting, prepared.kind)
+        except BaseException:
+            if not waiting.is_accepted:
+                self._inbox.forget(prepared.item_id)
+            raise
+        waiting.is_accepted = True
+        if waiting.is_foreign:
+            self._inbox.wake()
+        return waiting
+
+    def _recognize(self, waiting: WaitingItem, kind: str) -> None:
+        """An id of the caller's may be that of an earlier item, whose replies went elsewhere or were heard before."""
+        item_id = waiting.future.item_id
+        known = self._items.get(item_id)
+        if known["kind"] != kind:
+            raise BadInput(
+                f"item {item_id} exists and is to {known['kind']}, not to {kind}: choose another id"
+            )
+        waiting.is_foreign = known["client"] != self.name or known["state"] in ENDED
+
+    def _submit_when_there_is_room(self, prepared: PreparedItem, deadline: float | None) -> WaitingItem:
+        while True:
+            try:
+                return self._submit(prepared)
+            except QueueFull as full:
+                if deadline is not None and time.monotonic() > deadline:
+                    raise WaitTimeout(
+                        f"{full}; item {prepared.item_id} and those after it were not queued"
+                    ) from None
+                self._broker.clock.sleep(full.retry_after_s)
+
+    def _look_up(self, item_id: ItemId) -> WaitingItem:
+        """Wait for an item that this client doesn't know yet."""
+        known = self._items.get(item_id)
+        prompt_end = tuple(json.loads(known.get("prompt_end", "[]")))
+        future: Future[Any] = Future(item_id, self.cancel)
+        waiting = WaitingItem(future, known["kind"], prompt_end, self._connection.tokenization.decode)
+        waiting.is_accepted = waiting.is_foreign = True
+        waiting = self._inbox.expect(waiting)
+        self._inbox.wake()
+        return waiting

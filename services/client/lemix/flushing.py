@@ -1,0 +1,54 @@
+"""Waiting until everything submitted so far is in the served weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from lemix_common.broker import Broker
+from lemix_common.clock import wait_until
+from lemix_common.errors import ClusterError
+from lemix_common.store.cluster import Cluster
+from lemix_common.store.training import Training
+from lemix_common.store.versions import Versions
+
+_POLL_S = 0.05
+
+
+def flush(broker: Broker, run: str, *, timeout_s: float | None) -> str:
+    """Have a partial step planned, wait until all planned steps are served; returns the served version."""
+    training = Training(broker, run)
+    planned, examples_wait = training.flush()
+
+    def wait_for(predicate: Callable[[], bool], what: str) -> None:
+        wait_until(
+            lambda: predicate() or _stops(broker),
+            what=what,
+            timeout_s=math.inf if timeout_s is None else timeout_s,
+            interval_s=_POLL_S,
+        )
+
+    if examples_wait:
+        wait_for(lambda: _all_planned(training), "the submitted examples are planned")
+        planned = training.state().planned
+    wait_for(lambda: training.state().published >= planned, f"step {planned} is served")
+    return Versions(broker).live()["served"]
+
+
+def _all_planned(training: Training) -> bool:
+    oldest = training.queued_examples(1)
+    return not oldest or _order(oldest[0].id) > _order(training.state().flush_until)
+
+
+def _order(entry_id: str) -> tuple[int, ...]:
+    return tuple(map(int, entry_id.split("-")))
+
+
+def _stops(broker: Broker) -> bool:
+    """Never True: a cluster that stops will serve nothing new, so waiting for it ends as an error."""
+    state = Cluster(broker).state()
+    if state.get("state") != "running":
+        raise ClusterError(
+            "the cluster is stopping, so the flush can't end; what was submitted is kept for `lemix up --resume`"
+        )
+    return False

@@ -1,0 +1,116 @@
+"""`lemix up` from a program: start it as a process of its own, wait until it serves, stop it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from lemix.data_dir import DataDir
+from lemix.supervisor import CHECKPOINT_TIMEOUT_S, STOP_TIMEOUT_S, Launch
+from lemix_common.children import last_lines, start_child
+from lemix_common.clock import wait_until
+from lemix_common.errors import BadInput, ClusterError, WaitTimeout
+from lemix_common.settings import ClusterSettings
+
+START_TIMEOUT_S = 300.0
+_END_TIMEOUT_S = CHECKPOINT_TIMEOUT_S + 3 * STOP_TIMEOUT_S
+_BAD_INPUT = 2
+
+
+@contextmanager
+def running_cluster(
+    settings: ClusterSettings,
+    *,
+    data_dir: Path,
+    cluster: str = "lemix",
+    url: str = "",
+    resume: bool = False,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """A cluster for the length of a ``with`` block, yielded as its broker's URL; it dies with this process too."""
+    launch = Launch(
+        settings=settings, directory=DataDir(data_dir.absolute()), cluster=cluster, url=url, resume=resume
+    )
+    process = _start(launch, environment=environment, survives=False)
+    try:
+        yield _wait_ready(process, launch.directory)
+    finally:
+        _end(process)
+
+
+def start_detached(launch: Launch) -> str:
+    """Start a cluster that outlives this program, and return its URL when it serves."""
+    process = _start(launch, environment=None, survives=True)
+    try:
+        return _wait_ready(process, launch.directory)
+    except BaseException:
+        _end(process)
+        raise
+
+
+def stop_cluster(directory: DataDir) -> None:
+    """Have the supervisor of this directory stop its cluster; `ClusterError` if there is none."""
+    running = directory.announced()
+    if not directory.is_locked():
+        directory.withdraw()
+        raise ClusterError(f"the supervisor of {directory.path} was gone already; nothing is left to stop")
+    os.kill(running.pid, signal.SIGTERM)
+    wait_until(
+        lambda: not directory.is_locked(), what="the cluster stops", timeout_s=_END_TIMEOUT_S, interval_s=0.1
+    )
+
+
+def _start(
+    launch: Launch, *, environment: Mapping[str, str] | None, survives: bool
+) -> subprocess.Popen[bytes]:
+    options = {
+        **asdict(launch.settings),
+        "data_dir": launch.directory.path,
+        "cluster": launch.cluster,
+        "url": launch.url,
+        "port": launch.port,
+    }
+    command = [sys.executable, "-m", "lemix", "up", *(["--resume"] if launch.resume else [])]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    return start_child(
+        command,
+        log_path=launch.directory.log("supervisor"),
+        environment=os.environ | (environment or {}),
+        survives=survives,
+    )
+
+
+def _wait_ready(process: subprocess.Popen[bytes], directory: DataDir) -> str:
+    urls: list[str] = []
+
+    def is_ready() -> bool:
+        status = process.poll()
+        if status is not None:
+            message = last_lines(directory.log("supervisor"), 1).removeprefix("lemix: ")
+            raise (BadInput if status == _BAD_INPUT else ClusterError)(message)
+        try:
+            running = directory.announced()
+        except ClusterError:
+            return False
+        urls.extend([running.url] if running.pid == process.pid else [])
+        return bool(urls)
+
+    wait_until(is_ready, what="the cluster becomes ready", timeout_s=START_TIMEOUT_S, interval_s=0.05)
+    return urls[0]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise WaitTimeout(f"the cluster didn't stop within {_END_TIMEOUT_S:g} s and was killed") from None

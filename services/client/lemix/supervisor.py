@@ -1,0 +1,322 @@
+"""The process behind `lemix up`: start everything, keep it running, stop it in order. It decides nothing else.
+
+Nothing is started before every check at the border holds. Whatever it starts dies with it: a supervisor that is
+killed leaves no process behind, and `lemix up --resume` goes on from what is on disk.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from types import FrameType
+
+import structlog
+
+from lemix.data_dir import DataDir, RunningCluster
+from lemix.model_folder import ModelFolder, open_model_folder
+from lemix.services import Service, pids
+from lemix_common.broker import Broker, connect, hide_password
+from lemix_common.children import last_lines, start_child, stop_children
+from lemix_common.errors import BadInput, BrokerError, ClusterError, ModelError
+from lemix_common.server import RunningBroker, start_broker
+from lemix_common.settings import ClusterSettings
+from lemix_common.store.cluster import MAIN_RUN, Cluster
+from lemix_common.store.training import Training
+from lemix_common.store.versions import ENDED_STATES, Versions
+
+log = structlog.get_logger()
+
+CHECKPOINT_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 10.0
+DEATHS_BEFORE_READY = 4
+"""A process that died this often before the cluster was ready won't come up."""
+_TICK_S = 0.05
+_LOGS_EVERY_S = 30.0
+_NEEDED = {
+    "coordinator": ("lemix_coordinator", "celery"),
+    "worker": ("lemix_stage_worker", "torch", "transformers"),
+}
+_SAME_MODEL = ("family", "num_layers", "vocab_size", "tokenizer_sha256")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What is to be started, and where."""
+
+    settings: ClusterSettings
+    directory: DataDir
+    cluster: str = "lemix"
+    url: str = ""
+    """A broker that runs already; empty: one of our own."""
+    port: int = 0
+    """Of our own broker; 0: any free one."""
+    resume: bool = False
+
+
+def supervise(launch: Launch, on_ready: Callable[[RunningCluster], None]) -> None:
+    """Run a cluster until SIGINT or SIGTERM; call ``on_ready`` when it can serve.
+
+    A first start that fails before it served anything leaves nothing but its logs, so the next one is a first again.
+    """
+    _require_extras()
+    if launch.url and launch.port:
+        raise BadInput("--port is for a broker that `lemix up` starts: give either --port or --url")
+    model = open_model_folder(launch.settings.model, stages=launch.settings.stages)
+    with launch.directory.locked(), _stop_requests() as stop:
+        is_used = launch.directory.has_state()
+        if is_used and not launch.resume:
+            raise BadInput(
+                f"{launch.directory.path} holds a cluster's state: `lemix up --resume` goes on with it, "
+                "another --data-dir starts afresh"
+            )
+        try:
+            with _broker_for(launch) as (url, ours):
+                broker = connect(url, launch.cluster, patience_s=0)
+                _require_same_model(broker, model, launch)
+                supervisor = Supervisor(launch, broker, url, stop)
+                try:
+                    supervisor.run(model, ours, on_ready)
+                finally:
+                    is_used = is_used or supervisor.is_ready or _has_items(broker)
+                    supervisor.stop_children()
+                    if launch.url and not is_used:
+                        _erase(broker)
+        finally:
+            if not is_used:
+                launch.directory.forget()
+
+
+@dataclass
+class StopRequests:
+    """How often we were asked to stop."""
+
+    count: int = 0
+    event: threading.Event = field(default_factory=threading.Event)
+
+    def note(self, _signal: int, _frame: FrameType | None) -> None:
+        """Signal handler."""
+        self.count += 1
+        self.event.set()
+
+
+@dataclass
+class Supervisor:
+    """The supervisor's loop over its children."""
+
+    launch: Launch
+    broker: Broker
+    url: str
+    stop: StopRequests
+    services: list[Service] = field(default_factory=list)
+    is_ready: bool = False
+    _earlier_workers: frozenset[str] = frozenset()
+    _logs_bounded_at: float = 0.0
+
+    def run(
+        self, model: ModelFolder, ours: RunningBroker | None, on_ready: Callable[[RunningCluster], None]
+    ) -> None:
+        """Start the children, wait until the cluster can serve, keep them running until asked to stop."""
+        cluster = Cluster(self.broker)
+        cluster.create(self.launch.settings, model.fields(), model.tokenizer)
+        self.launch.directory.remember(self.launch.settings)
+        self._earlier_workers = frozenset(cluster.workers())
+        now = time.monotonic()
+        if ours is not None:
+            self.services.append(Service("broker", ours.restart, process=ours.process, started_at=now))
+        self.services += self._services()
+        if not self._tend_until(self._can_serve):
+            return
+        self.is_ready = True
+        self._announce()
+        on_ready(self._running())
+        self._tend_until(lambda: False)
+        self._checkpoint()
+
+    def stop_children(self) -> None:
+        """End every child but the broker, which the others need until the last."""
+        self.launch.directory.withdraw()
+        living = [s.process for s in self.services if s.name != "broker" and s.process is not None]
+        stop_children(reversed(living), timeout_s=STOP_TIMEOUT_S)
+
+    # ---- children
+    def _services(self) -> list[Service]:
+        workers = [
+            self._service(f"worker-{i}", "lemix_stage_worker", "--slot", f"worker-{i}")
+            for i in range(self.launch.settings.num_workers)
+        ]
+        return [
+            self._service("coordinator", "lemix_coordinator"),
+            self._service("operations", "lemix_coordinator.operations"),
+            *workers,
+        ]
+
+    def _service(self, name: str, module: str, *arguments: str) -> Service:
+        environment = os.environ | {
+            "LEMIX_URL": self.url,
+            "LEMIX_CLUSTER": self.launch.cluster,
+            "LEMIX_DATA_DIR": str(self.launch.directory.path),
+            "OMP_NUM_THREADS": "1",  # two threads a process on contended cores are ten times slower
+        }
+        command = [sys.executable, "-m", module, *arguments]
+        log_path = self.launch.directory.log(name)
+        return Service(name, partial(start_child, command, log_path=log_path, environment=environment))
+
+    def _tend_until(self, condition: Callable[[], bool]) -> bool:
+        """Keep the children running until the condition holds; False if asked to stop before."""
+        while not self.stop.event.is_set():
+            self._tend()
+            if condition():
+                return True
+            self.stop.event.wait(_TICK_S)
+        return False
+
+    def _tend(self) -> None:
+        now = time.monotonic()
+        started = [service.tend(now) for service in self.services]
+        if any(started) and self.is_ready:
+            self._announce()
+        if now - self._logs_bounded_at > _LOGS_EVERY_S:
+            self.launch.directory.bound_logs()
+            self._logs_bounded_at = now
+
+    # ---- readiness
+    def _can_serve(self) -> bool:
+        """Whether somebody leads and every stage is ready on a worker of this start; `ClusterError` if none can be."""
+        for service in self.services:
+            if service.back_off.deaths >= DEATHS_BEFORE_READY:
+                log_path = self.launch.directory.log(service.name)
+                raise ClusterError(f"{service.name} can't start: {last_lines(log_path, 1)} (see {log_path})")
+        try:
+            return self._all_ready()
+        except BrokerError:
+            return False  # it is being restarted
+
+    def _all_ready(self) -> bool:
+        cluster = Cluster(self.broker)
+        if reason := cluster.state().get("reason"):
+            raise ClusterError(f"the cluster can't start: {reason}")
+        living = {w for w, fields in cluster.workers().items() if "alive" in fields} - self._earlier_workers
+        nodes = cluster.nodes(self.launch.settings.nodes)
+        stages = range(self.launch.settings.stages)
+        return bool(self.broker.again(lambda: self.broker.client.exists(self.broker.keys.leader))) and all(
+            "epoch" in node
+            and node.get(f"ready:{stage}") == node["epoch"]
+            and node.get(f"stage:{stage}") in living
+            for node in nodes
+            for stage in stages
+        )
+
+    def _running(self) -> RunningCluster:
+        return RunningCluster(
+            url=self.url,
+            cluster=self.launch.cluster,
+            data_dir=str(self.launch.directory.path),
+            pid=os.getpid(),
+            processes=pids(self.services),
+        )
+
+    def _announce(self) -> None:
+        self.launch.directory.announce(self._running())
+
+    # ---- the last checkpoint
+    def _checkpoint(self) -> None:
+        """Make the committed steps durable as one checkpoint, unless asked to stop again meanwhile."""
+        asked, deadline = self.stop.count, time.monotonic() + CHECKPOINT_TIMEOUT_S
+        versions, operation = Versions(self.broker), f"checkpoint-{uuid.uuid4().hex}"
+        is_open, state = False, ""
+        while self.stop.count == asked and time.monotonic() < deadline and state not in ENDED_STATES:
+            self._tend()
+            try:
+                if not is_open:
+                    is_open = self._open_checkpoint(versions, operation)
+                    if not is_open:
+                        return
+                state = versions.operation(operation).get("state", "")
+            except BrokerError:
+                pass  # it is being restarted
+            time.sleep(_TICK_S)
+        log.info("last_checkpoint", operation=operation, state=state or "skipped")
+
+    def _open_checkpoint(self, versions: Versions, operation: str) -> bool:
+        Cluster(self.broker).stop_accepting()
+        run = Training(self.broker, MAIN_RUN).state()
+        if run.committed <= run.checkpoint:
+            return False
+        root = str(self.launch.directory.checkpoints)
+        versions.open(operation, "checkpoint", run=MAIN_RUN, optimizer=True, root=root)
+        return True
+
+
+def _require_extras() -> None:
+    missing = [
+        extra
+        for extra, modules in _NEEDED.items()
+        if any(importlib.util.find_spec(module) is None for module in modules)
+    ]
+    if missing:
+        raise BadInput(f"this machine lacks what a cluster needs: pip install 'lemix[{','.join(missing)}]'")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[StopRequests]:
+    stop = StopRequests()
+    before = {number: signal.signal(number, stop.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _broker_for(launch: Launch) -> Iterator[tuple[str, RunningBroker | None]]:
+    """The given broker, or one of our own that ends with us."""
+    if launch.url:
+        yield launch.url, None
+        return
+    log_path = launch.directory.log("broker")
+    ours = start_broker(launch.directory.path, port=launch.port, log_path=log_path)
+    log.info("broker_started", url=hide_password(ours.url), server=str(ours.server))
+    try:
+        yield ours.url, ours
+    finally:
+        ours.stop()
+
+
+def _require_same_model(broker: Broker, model: ModelFolder, launch: Launch) -> None:
+    """A cluster goes on with the model it was started with; its steps mean nothing to another one."""
+    known = broker.hash(broker.keys.model)
+    if not known:
+        return
+    if not launch.resume:
+        raise BadInput(
+            f"the broker holds a cluster {launch.cluster!r}: `lemix up --resume` goes on with it, "
+            "another --cluster starts beside it"
+        )
+    fields = model.fields()
+    if any(known.get(name) != str(fields[name]) for name in _SAME_MODEL):
+        raise ModelError(
+            f"this cluster was started with {known.get('path')}, {model.path} is another model: "
+            "resume with the first, or start afresh with another --data-dir"
+        )
+
+
+def _has_items(broker: Broker) -> bool:
+    try:
+        return bool(broker.hash(broker.keys.totals))
+    except BrokerError:
+        return True  # unknown: keep what is there
+
+
+def _erase(broker: Broker) -> None:
+    for key in list(broker.client.scan_iter(match=f"{broker.keys.prefix}*", count=1000)):
+        broker.client.unlink(key)

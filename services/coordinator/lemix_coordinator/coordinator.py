@@ -1,0 +1,304 @@
+"""The coordinator's loop: keep the lead, read, decide, carry out; dispatch what clients submitted.
+
+It is level-triggered: notices and submissions only wake it up, every decision is made on the hashes as they are. So a
+coordinator that dies at any point is replaced by one that reads the same hashes and decides the same.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import assert_never
+
+import structlog
+from lemix_common.broker import Broker, Entry
+from lemix_common.errors import Fenced
+from lemix_common.settings import ClusterSettings
+from lemix_common.store.cluster import MAIN_RUN, Cluster
+from lemix_common.store.items import STAGE_0, Items, fence
+from lemix_common.store.training import Training
+from lemix_common.store.versions import Versions
+
+from lemix_coordinator.commands import (
+    AdvanceOperation,
+    ChooseWriters,
+    Command,
+    ForgetSteps,
+    ForgetWorker,
+    LoadTraining,
+    OpenSnapshot,
+    PlaceNode,
+    RetireVersion,
+    StartStep,
+)
+from lemix_coordinator.placement import place
+from lemix_coordinator.policies import place_item, share_step
+from lemix_coordinator.reader import Reader
+from lemix_coordinator.snapshots import snapshots
+from lemix_coordinator.steps import QueuedExample, plan_next_step
+from lemix_coordinator.training import forget, train
+from lemix_coordinator.transitions import Transitions
+from lemix_coordinator.view import ClusterView, NodeView
+
+log = structlog.get_logger()
+
+TICK_S = 0.1
+LEASE_S = 3.0
+DISPATCH_AT_ONCE = 200
+PLAN_AHEAD = 32
+RECLAIM_EVERY_S = 1.0
+ENQUEUE_AGAIN_S = 2.0
+
+
+@dataclass
+class Coordinator:
+    """One coordinator process; leads or stands by."""
+
+    name: str
+    broker: Broker
+    settings: ClusterSettings
+    data_dir: Path
+    transitions: Transitions
+    sequence: int = 0
+    """Items dispatched by this leader."""
+    epoch: int = 0
+    """The leader's epoch; 0 while another leads."""
+    view: ClusterView | None = None
+    links_lost: set[tuple[int, int]] = field(default_factory=set)
+    _outages: int = 0
+    _trust_heartbeats_at: float = 0.0
+    _reclaimed_at: float = 0.0
+    _reclaimed_epochs: tuple[tuple[int, int, bool], ...] = ()
+    _enqueued: dict[str, tuple[str, float]] = field(default_factory=dict)
+    _retired: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.cluster, self.items = Cluster(self.broker), Items(self.broker)
+        self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
+        now = self.broker.clock.now()
+        self.reader = Reader(self.cluster, self.training, self.versions, started_at=now)
+        self._trust_heartbeats_at = now + self.settings.heartbeat_expiry_s
+
+    def run(self, stop: threading.Event) -> None:
+        """Lead, or stand by until the leader is gone, until told to stop."""
+        keys = self.broker.keys
+        seen = {keys.control: self.broker.last_id(keys.control), keys.submissions: "0-0"}
+        while not stop.is_set():
+            epoch = self.cluster.lead(self.name, expiry_s=LEASE_S)
+            if epoch is None:
+                self.epoch = 0
+                stop.wait(LEASE_S / 6)
+                continue
+            if epoch != self.epoch:
+                log.info("leading", epoch=epoch)
+                self.epoch = epoch
+                self._dispatch(pending=True)
+            try:
+                self.tick()
+            except Fenced:
+                log.warning("lost_the_lead", epoch=self.epoch)
+                self.epoch = 0
+                continue
+            for entry in self.broker.read(seen, block_s=TICK_S):
+                seen[entry.stream] = entry.id
+                self._notice(entry)
+        self.cluster.resign(self.name)
+
+    def tick(self) -> None:
+        """Read once, decide once, carry it out."""
+        now = self.broker.clock.now()
+        if self.broker.outages != self._outages:
+            self._outages = self.broker.outages
+            self._trust_heartbeats_at = now + self.settings.heartbeat_expiry_s
+        self._plan_steps()
+        view = self.view = self.reader.view(
+            self.settings,
+            now=now,
+            trust_heartbeats=now >= self._trust_heartbeats_at,
+            links_lost=frozenset(self.links_lost),
+        )
+        for command in decide(view):
+            self.carry_out(command, view)
+        self._reclaim(view, now)
+        self._dispatch(pending=False)
+
+    def carry_out(self, command: Command, view: ClusterView) -> None:
+        """Make a decision real by one fenced call."""
+        match command:
+            case ForgetWorker(worker):
+                log.warning("worker_lost", worker=worker)
+                self.cluster.forget_worker(self.epoch, worker)
+            case PlaceNode(node, workers, reason):
+                log.info("node_placed", node=node, workers=workers, reason=reason)
+                self.cluster.place(self.epoch, node, workers)
+            case StartStep(step, members, epochs, reason):
+                shard_nodes = share_step(self.settings, members, step)
+                answer = self.training.start_step(
+                    self.epoch, step, members=members, epochs=epochs, shard_nodes=shard_nodes, seen=view.run
+                )
+                log.info("step_started", step=step, members=members, reason=reason, answer=answer)
+            case LoadTraining(step, directory, nodes, epochs, reason):
+                log.info("training_state_loading", step=step, nodes=nodes, reason=reason)
+                self.versions.load_training(
+                    self.epoch, run=MAIN_RUN, step=step, directory=directory, nodes=nodes, epochs=epochs
+                )
+            case OpenSnapshot(kind, writers, epochs, reason):
+                operation = f"{kind}-{view.run.lineage}.{view.run.committed}-{uuid.uuid4().hex[:8]}"
+                log.info("operation_opened", operation=operation, reason=reason)
+                root = self.data_dir / ("checkpoints" if kind == "checkpoint" else "versions")
+                self.versions.open(
+                    operation,
+                    kind,
+                    run=MAIN_RUN,
+                    root=str(root),
+                    optimizer=kind == "checkpoint",
+                    writers=writers,
+                    epochs=epochs,
+                )
+            case ChooseWriters(operation, state, writers, epochs, reason):
+                log.info("writers_chosen", operation=operation, writers=writers, reason=reason)
+                self.versions.choose_writers(operation, state, writers, epochs)
+            case AdvanceOperation(operation, progress):
+                self._enqueue(operation, progress)
+            case RetireVersion(version):
+                if retired := self.versions.retire(self.epoch):
+                    log.info("version_retired", version=version)
+                    self.transitions.remove(*retired)
+            case ForgetSteps(upto):
+                self.training.forget_steps(self.epoch, upto)
+            case _:
+                assert_never(command)
+
+    def _enqueue(self, operation: str, progress: str) -> None:
+        """Ask an operations worker for a transition; again after a while, since its message may have been lost."""
+        now = self.broker.clock.now()
+        last, at = self._enqueued.get(operation, ("", 0.0))
+        if last != progress or now - at > ENQUEUE_AGAIN_S:
+            self._enqueued = {name: when for name, when in self._enqueued.items() if now - when[1] < 60}  # noqa: PLR2004
+            self._enqueued[operation] = (progress, now)
+            self.transitions.advance(operation)
+
+    def _notice(self, entry: Entry) -> None:
+        """Most notices only wake the loop; a broken link is known from nowhere else."""
+        if entry.fields.get("type") == "LinkLost":
+            self.links_lost = {at for at in self.links_lost if at[0] != int(entry.fields["node"])}
+            self.links_lost.add((int(entry.fields["node"]), int(entry.fields["epoch"])))
+
+    # ---- training
+    def _plan_steps(self) -> None:
+        run = self.training.state()
+        while run.planned - run.committed < PLAN_AHEAD and self._plan_one(run.planned + 1, run.flush_until):
+            run = self.training.state()
+
+    def _plan_one(self, step: int, flush_until: str) -> bool:
+        entries = self.training.queued_examples(self.settings.step_examples)
+        if not entries:
+            return False
+        if self.settings.max_step_wait_s and self._age_s(entries[0]) > self.settings.max_step_wait_s:
+            flush_until = entries[-1].id
+        fields = self.broker.hashes(self.broker.keys.item(entry.fields["item"]) for entry in entries)
+        gone = [entry for entry, item in zip(entries, fields, strict=True) if item.get("state") != "queued"]
+        if gone:
+            self.training.drop_examples(self.epoch, gone)
+            return True
+        queued = [
+            QueuedExample(entry.id, entry.fields["item"], int(entry.fields["reference_tokens"])) for entry in entries
+        ]
+        planned = plan_next_step(queued, self.settings, run=MAIN_RUN, step=step, flush_until=flush_until)
+        if planned is None:
+            return False
+        answer = self.training.plan(self.epoch, planned[0], cursor=planned[1])
+        log.info("step_planned", step=step, examples=len(planned[0].items), answer=answer)
+        return True
+
+    def _age_s(self, entry: Entry) -> float:
+        return self.broker.clock.now() - int(entry.id.partition("-")[0]) / 1000
+
+    # ---- serving
+    def _ready(self) -> list[int]:
+        return [node.node for node in self.view.nodes if node.is_ready] if self.view else []
+
+    def _next_node(self) -> int | None:
+        target = place_item(self.settings, self._ready(), self.sequence)
+        self.sequence += target is not None
+        return target
+
+    def _dispatch(self, *, pending: bool) -> None:
+        """Send submitted items to nodes; without a ready node they stay where they are."""
+        if self.view is None:
+            self.view = self.reader.view(
+                self.settings, now=self.broker.clock.now(), trust_heartbeats=False, links_lost=frozenset()
+            )
+        if not self._ready():
+            return
+        entries = self.items.submitted("coordinator", count=DISPATCH_AT_ONCE, pending=pending)
+        targets = [(entry, self._next_node()) for entry in entries]
+        calls = [self.items.dispatch(self.epoch, entry, node) for entry, node in targets if node is not None]
+        for answer in self.broker.call_many(calls):
+            fence(answer)
+        if entries and pending:
+            self._dispatch(pending=True)
+
+    def _reclaim(self, view: ClusterView, now: float) -> None:
+        """Send items on that a lost stage 0, or an earlier placement of the node, had taken into work.
+
+        A node's consumer is ``worker:epoch``: whatever another consumer still holds is nobody's. Entries nobody has
+        pulled leave a node that isn't ready when another one is.
+        """
+        epochs = tuple((node.node, node.epoch, node.is_ready) for node in view.nodes)
+        if epochs == self._reclaimed_epochs and now - self._reclaimed_at < RECLAIM_EVERY_S:
+            return
+        self._reclaimed_epochs, self._reclaimed_at = epochs, now
+        for node in view.nodes:
+            entries = {entry.id: entry for entry in self.items.work_of(node.node)}
+            if not entries:
+                continue
+            held = set(self._held_by_others(node))
+            movable = held | (set() if node.is_ready or not self._ready() else entries.keys())
+            calls = [
+                self.items.redispatch(
+                    self.epoch, node.node, entries[entry], target=self._next_node(), reason="its stages were lost"
+                )
+                for entry in sorted(movable & entries.keys())
+            ]
+            for answer in self.broker.call_many(calls):
+                fence(answer)
+            if calls:
+                log.warning("items_reclaimed", node=node.node, items=len(calls))
+
+    def _held_by_others(self, node: NodeView) -> Iterator[str]:
+        stream = self.broker.keys.work(node.node)
+        current = stage_0_consumer(node.stages[0].worker, node.epoch)
+        client = self.broker.client
+        for consumer in self.broker.again(lambda: client.xinfo_consumers(stream, STAGE_0)):
+            if consumer["name"] == current:
+                continue
+            if consumer["pending"]:
+                pending = self.broker.again(
+                    lambda name=consumer["name"]: client.xpending_range(  # type: ignore[misc]
+                        stream, STAGE_0, "-", "+", 10_000, consumername=name
+                    )
+                )
+                yield from (held["message_id"] for held in pending)
+            else:
+                self.broker.again(
+                    lambda name=consumer["name"]: client.xgroup_delconsumer(stream, STAGE_0, name)  # type: ignore[misc]
+                )
+
+
+def stage_0_consumer(worker: str, epoch: int) -> str:
+    """The name under which a node's stage 0 pulls: another one in each placement epoch."""
+    return f"{worker}:{epoch}"
+
+
+def decide(view: ClusterView) -> Iterator[Command]:
+    """Every rule in its turn; each is a pure function of the view."""
+    placed = list(place(view))
+    yield from placed
+    if not any(isinstance(command, PlaceNode) for command in placed):
+        yield from train(view)
+        yield from snapshots(view)
+        yield from forget(view)

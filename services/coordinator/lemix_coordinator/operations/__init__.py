@@ -1,0 +1,1 @@
+"""Operations: rare, long changes of the cluster, each transition one Celery task."""

@@ -1,0 +1,102 @@
+"""One transition of an operation: read its record, do what its state asks for, compare-and-set the next state.
+
+Every transition can be repeated: killed halfway, the next try finds the files it left and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import structlog
+from lemix_common.store.versions import Versions
+from lemix_common.tensorfiles import sha256_of_file, weights_sha256
+
+log = structlog.get_logger()
+
+MANIFEST = "manifest.json"
+
+
+def advance(versions: Versions, operation: str) -> None:
+    """Make the operation's next transition, if it is still due."""
+    fields = versions.operation(operation)
+    match fields.get("state"):
+        case "requested":
+            Path(fields["root"]).mkdir(parents=True, exist_ok=True)
+            versions.write_shards(operation)
+        case "writing":
+            _seal(versions, operation, fields)
+        case "preparing":
+            versions.publish(operation)
+        case _:
+            return
+    log.info("operation_advanced", operation=operation, was=fields["state"])
+
+
+def remove(directory: str, *, root: Path) -> None:
+    """Remove a retired version's files; only what lies under the cluster's own folder of versions."""
+    path = Path(directory)
+    if path.parent == root and path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _seal(versions: Versions, operation: str, fields: dict[str, str]) -> None:
+    """Make what the stages wrote one durable, named directory, then record it."""
+    written = Path(fields["directory"])
+    name = operation if fields["kind"] == "fingerprint" else fields["version"]
+    sealed = written.parent / name
+    if not (sealed / MANIFEST).exists():
+        manifest = {
+            "version": fields["version"],
+            "run": fields["run"],
+            "step": int(fields["step"]),
+            "lineage": int(fields["lineage"]),
+            "optimizer": fields["optimizer"] == "1",
+            "sealed_at": time.time(),
+            "stages": [json.loads(fields[f"shard:{stage}"]) for stage in range(_num_shards(fields))],
+            "files": {path.name: sha256_of_file(path) for path in sorted(written.glob("*.safetensors"))},
+            "weights_sha256": weights_sha256(sorted(written.glob("weights-*.safetensors"))),
+        }
+        _write_durably(written / MANIFEST, json.dumps(manifest, indent=1))
+        if sealed.exists():  # a directory without a manifest is what a kill left between these lines
+            shutil.rmtree(sealed)
+        written.rename(sealed)
+        _sync_directory(sealed.parent)
+    sha256 = json.loads((sealed / MANIFEST).read_text("utf-8"))["weights_sha256"]
+    if fields["kind"] == "publish":
+        versions.prepare(operation, str(sealed), sha256)
+    else:
+        versions.seal(operation, str(sealed), sha256)
+    if written.exists():
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def prune_checkpoints(root: Path, *, keep: int, needed: str) -> None:
+    """Remove all but the newest checkpoints (and the one the run names), and what killed writers left behind."""
+    sealed = sorted(root.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for manifest in sealed[keep:]:
+        if str(manifest.parent) != needed:
+            shutil.rmtree(manifest.parent, ignore_errors=True)
+
+
+def _num_shards(fields: dict[str, str]) -> int:
+    return sum(name.startswith("shard:") for name in fields)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

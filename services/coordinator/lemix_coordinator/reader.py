@@ -1,0 +1,124 @@
+"""Reads the cluster's hashes into a `ClusterView`. The only code of the coordinator that looks at field names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lemix_common.settings import ClusterSettings
+from lemix_common.store.cluster import MAIN_RUN, Cluster
+from lemix_common.store.training import Training
+from lemix_common.store.versions import Versions
+
+from lemix_coordinator.view import ClusterView, NodeView, OperationView, StageView, WorkerView
+
+
+@dataclass
+class Reader:
+    """Turns Redis into views; remembers only since when something has been missing."""
+
+    cluster: Cluster
+    training: Training
+    versions: Versions
+    started_at: float
+    _empty_since: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    def view(
+        self,
+        settings: ClusterSettings,
+        *,
+        now: float,
+        trust_heartbeats: bool,
+        links_lost: frozenset[tuple[int, int]],
+    ) -> ClusterView:
+        """The cluster now. Heartbeats aren't trusted right after a start or an outage of the broker."""
+        nodes = tuple(
+            node_view(index, fields, settings.stages)
+            for index, fields in enumerate(self.cluster.nodes(settings.nodes))
+        )
+        self._note_empty(nodes, now)
+        live = self.versions.live()
+        broker = self.cluster.broker
+        in_flight = broker.hash(broker.keys.versions_in_flight)
+        preparing = self.versions.version(live["preparing"]) if live.get("preparing") else {}
+        draining = live.get("draining", "")
+        return ClusterView(
+            settings=settings,
+            is_stopping=self.cluster.state().get("state") != "running",
+            workers=worker_views(self.cluster.workers(), trust_heartbeats=trust_heartbeats),
+            nodes=nodes,
+            run=self.training.state(),
+            served=live.get("served", ""),
+            draining=draining,
+            draining_in_flight=int(in_flight.get(draining, 0)),
+            operations=tuple(
+                operation_view(name, fields, preparing, nodes)
+                for name, fields in self.versions.in_progress().items()
+                if fields.get("run") == MAIN_RUN
+            ),
+            links_lost=links_lost,
+            empty_for_s={position: now - since for position, since in self._empty_since.items()},
+            waited_for_workers_s=now - self.started_at,
+        )
+
+    def _note_empty(self, nodes: tuple[NodeView, ...], now: float) -> None:
+        empty = {
+            (node.node, index) for node in nodes for index, stage in enumerate(node.stages) if not stage.worker
+        }
+        self._empty_since = {position: self._empty_since.get(position, now) for position in empty}
+
+
+def node_view(node: int, fields: Mapping[str, str], stages: int) -> NodeView:
+    """A node's hash as a value."""
+    epoch = fields.get("epoch", "0")
+    return NodeView(
+        node=node,
+        epoch=int(epoch),
+        stages=tuple(
+            StageView(
+                worker=fields.get(f"stage:{stage}", ""),
+                is_ready=epoch != "0" and fields.get(f"ready:{stage}") == epoch,
+                training_step=int(step) if (step := fields.get(f"training:{stage}")) else None,
+            )
+            for stage in range(stages)
+        ),
+    )
+
+
+def worker_views(
+    workers: Mapping[str, Mapping[str, str]], *, trust_heartbeats: bool
+) -> tuple[WorkerView, ...]:
+    """Workers' hashes as values; of two processes in one slot, the one registered earlier is dead."""
+    newest: dict[str, tuple[float, str]] = {}
+    for worker, fields in workers.items():
+        slot, at = fields.get("slot", worker), float(fields.get("registered_at", 0))
+        newest[slot] = max(newest.get(slot, (0.0, "")), (at, worker))
+    return tuple(
+        WorkerView(
+            worker=worker,
+            is_dead=newest[fields.get("slot", worker)][1] != worker
+            or (trust_heartbeats and "alive" not in fields),
+        )
+        for worker, fields in workers.items()
+    )
+
+
+def operation_view(
+    operation: str, fields: Mapping[str, str], preparing: Mapping[str, str], nodes: tuple[NodeView, ...]
+) -> OperationView:
+    """An operation's hash as a value."""
+    return OperationView(
+        operation=operation,
+        kind=fields["kind"],
+        state=fields["state"],
+        writers=tuple(json.loads(fields.get("writers") or "[]")),
+        epochs=tuple(json.loads(fields.get("epochs") or "[]")),
+        shards_written=sum(name.startswith("shard:") for name in fields),
+        stages_prepared=sum(
+            f"prepared:{node.node}:{stage}" in preparing
+            for node in nodes
+            if node.is_ready
+            for stage in range(len(node.stages))
+        ),
+    )

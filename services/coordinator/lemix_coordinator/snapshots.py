@@ -1,0 +1,64 @@
+"""When a version is published or checkpointed, and what each operation in progress needs next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lemix_coordinator.commands import AdvanceOperation, ChooseWriters, OpenSnapshot, RetireVersion
+from lemix_coordinator.training import writers_at
+from lemix_coordinator.view import ClusterView, OperationView
+
+
+def snapshots(view: ClusterView) -> Iterator[OpenSnapshot | ChooseWriters | AdvanceOperation | RetireVersion]:
+    """Open what is due, move on what is open, retire what nobody uses.
+
+    At most two served versions live: a third is begun only when the draining one is retired.
+    """
+    run = view.run
+    writers = writers_at(view, run.committed)
+    for operation in view.operations:
+        yield from _advance(view, operation, writers)
+    if writers is not None:
+        behind = run.committed - run.published
+        is_idle = run.planned == run.committed
+        if (
+            view.operation_of("publish") is None
+            and not view.draining
+            and behind
+            and (behind >= view.settings.publish_every or is_idle)
+        ):
+            yield OpenSnapshot("publish", *writers, f"{behind} committed steps are not served")
+        due = run.committed - run.checkpoint >= view.settings.checkpoint_every
+        if due and view.operation_of("checkpoint") is None:
+            yield OpenSnapshot("checkpoint", *writers, f"the last checkpoint is of step {run.checkpoint}")
+    if view.draining and not view.draining_in_flight:
+        yield RetireVersion(view.draining)
+
+
+def _advance(
+    view: ClusterView, operation: OperationView, writers: tuple[tuple[int, ...], tuple[int, ...]] | None
+) -> Iterator[ChooseWriters | AdvanceOperation]:
+    stages = view.settings.stages
+    match operation.state:
+        case "requested" if not operation.writers:
+            if writers is not None:
+                yield ChooseWriters(operation.operation, "requested", *writers, "asked for")
+        case "requested" | "writing" if not _writers_live(view, operation):
+            if writers is not None:
+                yield ChooseWriters(operation.operation, operation.state, *writers, "a writer was lost")
+        case "writing" if operation.shards_written < stages:
+            return
+        case "preparing" if not _all_prepared(view, operation):
+            return
+        case state:
+            yield AdvanceOperation(operation.operation, state)
+
+
+def _writers_live(view: ClusterView, operation: OperationView) -> bool:
+    epochs = {node.node: node.epoch for node in view.nodes}
+    return all(epochs.get(w) == e for w, e in zip(operation.writers, operation.epochs, strict=True))
+
+
+def _all_prepared(view: ClusterView, operation: OperationView) -> bool:
+    ready = sum(len(node.stages) for node in view.nodes if node.is_ready)
+    return 0 < ready <= operation.stages_prepared

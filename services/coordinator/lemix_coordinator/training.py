@@ -1,0 +1,87 @@
+"""When a step runs, with whom, and how nodes that lost their training state get it back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lemix_coordinator.commands import ForgetSteps, LoadTraining, OpenSnapshot, StartStep
+from lemix_coordinator.policies import training_nodes
+from lemix_coordinator.view import ClusterView, NodeView
+
+
+def train(view: ClusterView) -> Iterator[StartStep | LoadTraining | OpenSnapshot | ForgetSteps]:
+    """The next thing training needs, if anything.
+
+    An attempt whose members all live goes on. Otherwise, with every able node at the committed step: the next planned
+    step. A node that lacks the committed state takes it from a checkpoint that living stages write now; where nobody
+    has that state any more, all go back to the last checkpoint and replay the committed steps.
+    """
+    run = view.run
+    if run.in_flight and _attempt_lives(view):
+        return
+    wanted = set(training_nodes(view.settings))
+    able = [node for node in view.nodes if node.is_ready and node.node in wanted]
+    if not able or _loading(view):
+        return
+    levels = {node.training_step for node in able}
+    if levels == {run.committed}:
+        if run.planned > run.committed and not view.is_stopping:
+            reason = "another attempt" if run.in_flight else "next"
+            yield StartStep(run.committed + 1, _indices(able), _epochs(able), reason)
+    elif (writers := writers_at(view, run.committed)) is not None:
+        lacking = [node for node in able if node.training_step != run.committed]
+        if run.checkpoint == run.committed:
+            reason = "these nodes lack the committed state"
+            yield LoadTraining(run.committed, run.checkpoint_directory, _indices(lacking), _epochs(lacking), reason)
+        elif view.operation_of("checkpoint") is None:
+            yield OpenSnapshot("checkpoint", *writers, "a node needs the training state")
+    elif len(levels) == 1 and (level := levels.pop()) is not None and run.checkpoint <= level < run.committed:
+        yield StartStep(level + 1, _indices(able), _epochs(able), "replay")
+    else:
+        reason = "no living stage has the committed state"
+        yield LoadTraining(run.checkpoint, run.checkpoint_directory, _indices(able), _epochs(able), reason)
+
+
+def forget(view: ClusterView) -> Iterator[ForgetSteps]:
+    """Steps whose payloads nobody can need again."""
+    upto = min(view.run.checkpoint, view.run.published)
+    if upto >= view.run.kept_from:
+        yield ForgetSteps(upto)
+
+
+def writers_at(view: ClusterView, step: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """For each stage a node whose living stage is at ``step`` (nodes and their epochs), or None."""
+    writers = []
+    for stage in range(view.settings.stages):
+        holder = next(
+            (
+                node
+                for node in view.nodes
+                if node.stages[stage].is_ready and node.stages[stage].training_step == step
+            ),
+            None,
+        )
+        if holder is None:
+            return None
+        writers.append(holder)
+    return _indices(writers), _epochs(writers)
+
+
+def _attempt_lives(view: ClusterView) -> bool:
+    epochs = {node.node: node.epoch for node in view.nodes if node.is_ready}
+    members = zip(view.run.members, view.run.epochs, strict=True)
+    return all(epochs.get(member) == epoch for member, epoch in members)
+
+
+def _loading(view: ClusterView) -> bool:
+    nodes = {(node.node, node.epoch): node for node in view.nodes if node.is_ready}
+    told = [nodes[at] for at in view.run.loading if at in nodes]
+    return any(stage.training_step is None for node in told for stage in node.stages)
+
+
+def _indices(nodes: Sequence[NodeView]) -> tuple[int, ...]:
+    return tuple(node.node for node in nodes)
+
+
+def _epochs(nodes: Sequence[NodeView]) -> tuple[int, ...]:
+    return tuple(node.epoch for node in nodes)

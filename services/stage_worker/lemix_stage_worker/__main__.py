@@ -1,0 +1,116 @@
+"""``python -m lemix_stage_worker --slot NAME``: composition root of a stage worker process."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import uuid
+from pathlib import Path
+
+import structlog
+import torch
+from lemix_common.broker import connect
+from lemix_common.clock import SystemClock
+from lemix_common.errors import LemixError
+from lemix_common.ids import WorkerId
+from lemix_common.logs import configure_logs
+from lemix_common.store.cluster import Cluster
+from lemix_common.transports import Identity, open_transport
+
+from lemix_stage_worker.heartbeat import Heartbeat
+from lemix_stage_worker.inbox import Inbox
+from lemix_stage_worker.links import Links
+from lemix_stage_worker.model.costs import cut_model
+from lemix_stage_worker.model.self_check import check_family
+from lemix_stage_worker.model.source import open_model
+from lemix_stage_worker.reporter import Reporter
+from lemix_stage_worker.worker import Worker
+
+log = structlog.get_logger()
+TESTED_FAMILIES = frozenset({"llama", "gpt2"})
+"""Their cuts are compared with the whole model by the test suite; others prove themselves at each start."""
+
+
+def main() -> None:
+    """Read the environment, connect, register, compute until SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m lemix_stage_worker")
+    parser.add_argument("--slot", default="worker", help="name that stays when the process is started again")
+    parser.add_argument("--listen", default="", help="address for tensors (default: a Unix socket)")
+    options = parser.parse_args()
+    environment = os.environ
+    name = WorkerId(f"{options.slot}-{uuid.uuid4().hex[:6]}")
+    configure_logs(name, level=environment.get("LEMIX_LOG_LEVEL", "info"))
+    torch.set_num_threads(1)
+    url, cluster_name = environment["LEMIX_URL"], environment.get("LEMIX_CLUSTER", "lemix")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        run(name, options.slot, options.listen or f"unix:{socket_path(options.slot, name)}", url, cluster_name, stop)
+    except LemixError as error:
+        log.error("worker_ended", reason=str(error))  # noqa: TRY400 - the sentence is the message
+        sys.exit(1)
+    log.info("stopped")
+
+
+def socket_path(slot: str, name: str) -> Path:
+    """A socket's path, short enough for the system; what a killed process of the same slot left is removed."""
+    data_dir = str(Path(os.environ.get("LEMIX_DATA_DIR", ".lemix")).absolute())
+    folder = Path(tempfile.gettempdir()) / f"lemix-{hashlib.sha256(data_dir.encode()).hexdigest()[:12]}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for left in folder.glob(f"{slot}-??????.sock"):
+        left.unlink(missing_ok=True)
+    return folder / f"{name}.sock"
+
+
+def run(name: WorkerId, slot: str, listen: str, url: str, cluster_name: str, stop: threading.Event) -> None:
+    """Put the worker together and run it."""
+    broker = connect(url, cluster_name)
+    cluster = Cluster(broker)
+    settings = cluster.settings()
+    source = open_model(Path(broker.hash(broker.keys.model)["path"]))
+    if source.config.model_type not in TESTED_FAMILIES:
+        check_family(source)
+    inbox = Inbox()
+    transport = open_transport(Identity(name, cluster.secret()))
+    links = Links(name, transport, inbox, SystemClock())
+    address = links.listen(listen)
+    worker = Worker(
+        name=name,
+        broker=broker,
+        settings=settings,
+        source=source,
+        layers=cut_model(source, settings.stages),
+        links=links,
+        inbox=inbox,
+        reporter=Reporter(name, broker),
+    )
+    about = {
+        "slot": slot,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "device": "cpu",
+        "address": address,
+        "registered_at": f"{broker.clock.now():.6f}",
+    }
+    own = Cluster(connect(url, cluster_name))
+    heartbeat = Heartbeat(
+        worker,
+        own,
+        lambda: own.register(name, about, expiry_s=settings.heartbeat_expiry_s),
+        settings.heartbeat_expiry_s,
+    )
+    beating = heartbeat.start(stop)
+    log.info("worker_registered", address=address, pid=os.getpid())
+    worker.run(stop)
+    beating.join(timeout=5.0)
+
+
+if __name__ == "__main__":
+    main()

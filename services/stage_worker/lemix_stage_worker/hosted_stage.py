@@ -1,0 +1,119 @@
+"""One stage position on this worker: its weight versions, its requests' caches, its training state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+from transformers import DynamicCache
+
+from lemix_stage_worker.model.source import ModelSource
+from lemix_stage_worker.model.stage import StageCut, StageModel, build_stage
+from lemix_stage_worker.model.weights import open_weights
+from lemix_stage_worker.training_state import TrainingState, moment_names
+
+BASE_DIRECTORY = ""
+"""What stands for the model folder where a version's directory is asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbourhood:
+    """Who hosts a node's stages, and where they are reached: stage to (worker, address)."""
+
+    epoch: int
+    hosts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKey:
+    """A cache belongs to one attempt at one item."""
+
+    item: str
+    attempt: int
+
+
+@dataclass(eq=False)
+class HostedStage:
+    """A stage of a node. Owned by the compute loop."""
+
+    node: int
+    stage: int
+    stages: int
+    source: ModelSource
+    template: StageModel
+    """Meta parameters; each version is a shell of it."""
+    versions: dict[str, StageModel]
+    """Served versions that are resident."""
+    training: TrainingState | None
+    epoch: int = 0
+    is_ready: bool = False
+    caches: dict[CacheKey, DynamicCache] = field(default_factory=dict)
+
+    @property
+    def is_first(self) -> bool:
+        """It has the embedding and pulls the node's items."""
+        return self.stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        """It has the head."""
+        return self.stage == self.stages - 1
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights of all resident versions; one that training shares is counted once."""
+        owned = self.training is not None and self.training.owns_weights
+        return self.template.weight_bytes * (len(self.versions) + owned)
+
+    def cache(self, key: CacheKey, version: str) -> DynamicCache:
+        """The item's cache on this stage, made at its first use."""
+        if key not in self.caches:
+            self.caches[key] = self.versions[version].new_cache()
+        return self.caches[key]
+
+    def drop_caches(self, item: str) -> None:
+        """Free what the item holds, whatever the attempt."""
+        self.caches = {key: cache for key, cache in self.caches.items() if key.item != item}
+
+
+def build_template(source: ModelSource, stage: int, layers: tuple[range, ...]) -> StageModel:
+    """The module of one stage of a cut, without values."""
+    return build_stage(source, StageCut(stage, len(layers), layers[stage]))
+
+
+def load_version(source: ModelSource, template: StageModel, directory: str) -> StageModel:
+    """A shell with the weights of a published version (or of the model folder)."""
+    shell = template.shell()
+    shell.load(read_weights(source, template, directory), trainable=False)
+    return shell
+
+
+def load_training(source: ModelSource, template: StageModel, directory: str, step: int) -> TrainingState:
+    """The training state of a checkpoint (or the model folder's weights and a fresh optimizer)."""
+    shell = template.shell()
+    shell.load(read_weights(source, template, directory))
+    moments: Mapping[str, Tensor] = {}
+    if directory != BASE_DIRECTORY:
+        weights = open_weights(Path(directory))
+        wanted = [name for name in moment_names(template) if name in weights.specs]
+        moments = weights.read(wanted)
+    return TrainingState(shell, step, moments, owns_weights=True)
+
+
+def training_on(served: StageModel, template: StageModel, step: int) -> TrainingState:
+    """A training state that shares a served version's tensors until its first step."""
+    shell = template.shell()
+    shell.load({leaf.source: leaf.parameter.detach() for leaf in served.all_leaves()})
+    return TrainingState(shell, step)
+
+
+def read_weights(source: ModelSource, template: StageModel, directory: str) -> dict[str, Tensor]:
+    """This stage's tensors, and only they."""
+    names = template.parameter_names()
+    if directory == BASE_DIRECTORY:
+        return source.read(names)
+    return {
+        name: tensor.to(source.dtype) for name, tensor in open_weights(Path(directory)).read(names).items()
+    }

@@ -1,0 +1,137 @@
+"""What a worker tells the broker: on a thread of its own, in order, many calls a round trip.
+
+The compute loop never waits for the broker. Calls are idempotent and repeated while the broker is away; an answer
+that says an item has gone elsewhere comes back through the inbox.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import structlog
+from lemix_common.broker import Broker, Lua
+from lemix_common.errors import BrokerUnreachable
+from lemix_common.store.items import Call
+
+log = structlog.get_logger()
+
+SPANS_EVERY_S = 0.25
+SPANS_AT_MOST = 500
+
+_SPANS = Lua(
+    "report_spans",
+    """
+redis.call('XADD', K.events, 'MAXLEN', '~', 50000, '*', 'spans', ARGV[1])
+redis.call('HINCRBYFLOAT', K.totals, 'blocked_s', ARGV[2])
+redis.call('HSET', K.worker(ARGV[3]), 'busy', ARGV[4])
+return {'ok'}
+""",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """What ran on a stage, from when to when, with which weights."""
+
+    node: int
+    stage: int
+    worker: str
+    cat: str
+    item: str
+    version: str
+    start: float
+    end: float
+    blocked_s: float
+    """How long it waited, ready, behind training."""
+
+
+@dataclass
+class Reporter:
+    """A queue of calls and the thread that makes them."""
+
+    worker: str
+    broker: Broker
+    _calls: queue.SimpleQueue[tuple[Call, Callable[[Any], None] | None] | None] = field(
+        default_factory=queue.SimpleQueue
+    )
+    _spans: list[Span] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _flushed_at: float = 0.0
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin reporting."""
+        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+        self._thread.start()
+
+    def call(self, call: Call, then: Callable[[Any], None] | None = None) -> None:
+        """Have a call made; ``then`` gets its answer, on the reporter's thread."""
+        self._calls.put((call, then))
+
+    def span(self, span: Span) -> None:
+        """Note what ran."""
+        with self._lock:
+            self._spans.append(span)
+
+    def close(self) -> None:
+        """Make what is left, then end."""
+        self._calls.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout=10.0)
+
+    def _run(self) -> None:
+        is_open = True
+        while is_open:
+            batch, is_open = self._next_batch()
+            try:
+                answers = self.broker.call_many([call for call, _ in batch])
+                for (_, then), answer in zip(batch, answers, strict=True):
+                    if then is not None:
+                        then(answer)
+                self._flush_spans(at_once=not is_open)
+            except BrokerUnreachable as error:
+                log.error("reports_lost", reason=str(error), calls=len(batch))  # noqa: TRY400 - no traceback needed
+
+    def _next_batch(self) -> tuple[list[tuple[Call, Callable[[Any], None] | None]], bool]:
+        batch: list[tuple[Call, Callable[[Any], None] | None]] = []
+        try:
+            entry = self._calls.get(timeout=SPANS_EVERY_S)
+            while entry is not None:
+                batch.append(entry)
+                entry = self._calls.get_nowait()
+        except queue.Empty:
+            return batch, True
+        return batch, False
+
+    def _flush_spans(self, *, at_once: bool) -> None:
+        now = self.broker.clock.now()
+        if not self._spans or (now - self._flushed_at < SPANS_EVERY_S and not at_once):
+            return
+        with self._lock:
+            spans, self._spans = self._spans, []
+        busy = _busy_shares(spans, now - (self._flushed_at or min(span.start for span in spans)))
+        self._flushed_at = now
+        for first in range(0, len(spans), SPANS_AT_MOST):
+            part = spans[first : first + SPANS_AT_MOST]
+            text = json.dumps([_readable(span) for span in part], separators=(",", ":"))
+            blocked_s = sum(span.blocked_s for span in part)
+            self.broker.call(_SPANS, text, f"{blocked_s:.6f}", self.worker, busy)
+
+
+def _readable(span: Span) -> dict[str, object]:
+    fields = asdict(span)
+    return fields | {name: round(fields[name], 6) for name in ("start", "end", "blocked_s")}
+
+
+def _busy_shares(spans: list[Span], window_s: float) -> dict[str, dict[str, float]]:
+    """By stage (``NODE:STAGE``) the share of the window each kind of work took."""
+    shares: dict[str, dict[str, float]] = {}
+    for span in spans:
+        kinds = shares.setdefault(f"{span.node}:{span.stage}", {})
+        kinds[span.cat] = round(kinds.get(span.cat, 0.0) + (span.end - span.start) / max(window_s, 1e-9), 4)
+    return shares

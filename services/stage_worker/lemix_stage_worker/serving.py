@@ -1,0 +1,287 @@
+"""Serving: requests are driven by stage 0, which alone writes their state; later stages only compute.
+
+A request's tokens go round: stage 0 embeds, the stages compute, the last one chooses, and `TokenChosen` returns to
+stage 0, which gives the token to the client and sends the next one. One version serves a request to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import structlog
+import torch
+from lemix_common.messages import ForwardFailed, Frame, ReleaseItem, RunForward, ScoresComputed, TokenChosen
+from lemix_common.sampling import Sampling
+from lemix_common.store.items import Call, Items, StartedItem
+from torch import Tensor
+
+from lemix_stage_worker.hosted_stage import CacheKey, HostedStage
+from lemix_stage_worker.model.sampling import choose_token
+from lemix_stage_worker.model.scoring import NO_TARGET, token_logprobs
+from lemix_stage_worker.ready_queue import Task, Urgency
+
+log = structlog.get_logger()
+
+
+class Surroundings(Protocol):
+    """What serving needs of the worker around it."""
+
+    def send(self, host: HostedStage, stage: int, frame: Frame, tensors: Sequence[Tensor] = ()) -> None:
+        """To another stage of the host's node."""
+
+    def schedule(self, task: Task) -> None:
+        """Let the compute loop run a step when it is its turn."""
+
+    def report(self, call: Call, item: StartedItem, node: int) -> None:
+        """Tell the broker about an item."""
+
+    def ended(self, node: int, entry: str) -> None:
+        """An item left the node."""
+
+
+@dataclass(eq=False)
+class Request:
+    """An item in work, at its stage 0."""
+
+    started: StartedItem
+    tokens: list[int]
+    """Generated so far, by earlier attempts too."""
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    sampling: Sampling
+
+    @property
+    def is_score(self) -> bool:
+        """Prefill only."""
+        return self.started.kind == "score"
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it is complete, if it is."""
+        if self.tokens and self.tokens[-1] in self.stop_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_new_tokens else None
+
+
+@dataclass
+class Serving:
+    """The requests of every stage 0 here, and the serving steps of every stage here."""
+
+    items: Items
+    around: Surroundings
+    now: Callable[[], float]
+    requests: dict[tuple[int, str], Request] = field(default_factory=dict)
+
+    # ---- requests, at stage 0
+    def begin(self, host: HostedStage, started: StartedItem, stop_ids: Sequence[int]) -> None:
+        """Take an item into work: its prompt, and what earlier attempts generated, are prefilled."""
+        request = _request(started, stop_ids)
+        self.requests[host.node, started.item] = request
+        if request.is_score:
+            ids = [*started.prompt, *started.reference]
+            targets = torch.tensor(
+                [[*[NO_TARGET] * (len(started.prompt) - 1), *started.reference, NO_TARGET]]
+            )
+            self._forward(host, request, ids, 0, wants="scores", targets=targets)
+        elif request.finish_reason is not None:  # the attempt before died between its last token and its end
+            self._complete(host, request)
+        else:
+            self._forward(host, request, [*started.prompt, *request.tokens], 0, wants="token")
+
+    def token_chosen(self, host: HostedStage, frame: TokenChosen) -> None:
+        """Give the client its token; end the request or go on with the next."""
+        request = self._current(host, frame.item, frame.attempt)
+        if request is None:
+            return
+        index = frame.position - len(request.started.prompt)
+        request.tokens.append(frame.token)
+        started = request.started
+        self.around.report(
+            self.items.append_tokens(started.item, started.attempt, index, [frame.token]), started, host.node
+        )
+        if request.finish_reason is not None:
+            self._complete(host, request)
+        else:
+            self._forward(host, request, [frame.token], frame.position, wants="token")
+
+    def scores_computed(self, host: HostedStage, frame: ScoresComputed, logprobs_T: Tensor) -> None:
+        """End a scored item with its result."""
+        request = self._current(host, frame.item, frame.attempt)
+        if request is None:
+            return
+        logprobs = [round(value, 7) for value in logprobs_T.tolist()]
+        result = {"loss": -sum(logprobs) / len(logprobs), "logprobs": logprobs}
+        self.around.report(
+            self.items.complete(request.started, host.node, result), request.started, host.node
+        )
+        self.drop(host, frame.item)
+
+    def fail(self, host: HostedStage, item: str, attempt: int, reason: str) -> None:
+        """End an item that can't be computed."""
+        request = self._current(host, item, attempt)
+        if request is not None:
+            log.warning("item_failed", item=item, node=host.node, reason=reason)
+            self.around.report(
+                self.items.fail(request.started, host.node, reason), request.started, host.node
+            )
+            self.drop(host, item)
+
+    def drop(self, host: HostedStage, item: str) -> None:
+        """Forget an item that ended here or went elsewhere, on all stages."""
+        request = self.requests.pop((host.node, item), None)
+        if request is None:
+            return
+        host.drop_caches(item)
+        self.around.ended(host.node, request.started.entry)
+        if not request.is_score:
+            for stage in range(1, host.stages):
+                frame = ReleaseItem(
+                    node=host.node, stage=stage, epoch=host.epoch, item=item, attempt=request.started.attempt
+                )
+                self.around.send(host, stage, frame)
+
+    def drop_all(self, node: int) -> None:
+        """The node starts afresh: its requests are somebody else's, or come again."""
+        for key in [key for key in self.requests if key[0] == node]:
+            self.around.ended(node, self.requests.pop(key).started.entry)
+
+    def _complete(self, host: HostedStage, request: Request) -> None:
+        result = {"tokens": request.tokens, "finish_reason": request.finish_reason}
+        self.around.report(
+            self.items.complete(request.started, host.node, result), request.started, host.node
+        )
+        self.drop(host, request.started.item)
+
+    def _current(self, host: HostedStage, item: str, attempt: int) -> Request | None:
+        request = self.requests.get((host.node, item))
+        return request if request is not None and request.started.attempt == attempt else None
+
+    def _forward(
+        self,
+        host: HostedStage,
+        request: Request,
+        ids: Sequence[int],
+        position: int,
+        *,
+        wants: str,
+        targets: Tensor | None = None,
+    ) -> None:
+        started, sampling = request.started, request.sampling
+        frame = RunForward(
+            node=host.node,
+            stage=0,
+            epoch=host.epoch,
+            item=started.item,
+            attempt=started.attempt,
+            version=started.version,
+            position=position,
+            wants=wants,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+        tensors = (torch.tensor([list(ids)]),) if targets is None else (torch.tensor([list(ids)]), targets)
+        self.forward(host, frame, tensors, release=_nothing, at=self.now())
+
+    # ---- steps, at every stage
+    def forward(
+        self,
+        host: HostedStage,
+        frame: RunForward,
+        tensors: Sequence[Tensor],
+        *,
+        release: Callable[[], None],
+        at: float,
+    ) -> None:
+        """Schedule a stage's share of a forward pass."""
+        num_tokens = tensors[0].shape[1]
+
+        def run() -> None:
+            with torch.no_grad():
+                self._run(host, frame, tensors)
+            release()
+
+        def failed(error: Exception) -> None:
+            reason = f"{type(error).__name__}: {error}"
+            if host.is_first:
+                self.fail(host, frame.item, frame.attempt, reason)
+            else:
+                self._to_first(host, ForwardFailed, frame, reason=reason)
+
+        self.around.schedule(
+            Task(
+                urgency=Urgency.DECODE if num_tokens == 1 else Urgency.PREFILL,
+                node=host.node,
+                stage=host.stage,
+                item=frame.item,
+                version=frame.version,
+                ready_at=at,
+                run=run,
+                failed=failed,
+            )
+        )
+
+    def _run(self, host: HostedStage, frame: RunForward, tensors: Sequence[Tensor]) -> None:
+        if host.is_first and self._current(host, frame.item, frame.attempt) is None:
+            return  # cancelled, or the node started afresh, while this step waited
+        model = host.versions[frame.version]
+        source = tensors[0]
+        positions_T = torch.arange(frame.position, frame.position + source.shape[1])
+        key = CacheKey(frame.item, frame.attempt)
+        cache = None if frame.wants == "scores" else host.cache(key, frame.version)
+        hidden_BTD = model(source, positions_T, cache)
+        if not host.is_last:
+            following = replace(frame, stage=host.stage + 1)
+            self.around.send(host, host.stage + 1, following, (hidden_BTD, *tensors[1:]))
+        elif frame.wants == "scores":
+            logprobs_T = token_logprobs(model, hidden_BTD[0], tensors[1][0])
+            self._to_first(host, ScoresComputed, frame, tensors=(logprobs_T,))
+        elif frame.wants == "token":
+            position = frame.position + source.shape[1]
+            sampling = Sampling(
+                temperature=frame.temperature, top_k=frame.top_k, top_p=frame.top_p, seed=frame.seed
+            )
+            logits_V = model.logits(hidden_BTD[:, -1])[0]
+            token, logprob = choose_token(logits_V, sampling, position=position)
+            self._to_first(host, TokenChosen, frame, position=position, token=token, logprob=logprob)
+
+    def _to_first(
+        self,
+        host: HostedStage,
+        kind: type[TokenChosen | ScoresComputed | ForwardFailed],
+        frame: RunForward,
+        *,
+        tensors: Sequence[Tensor] = (),
+        **fields: object,
+    ) -> None:
+        about = {
+            "node": host.node,
+            "stage": 0,
+            "epoch": host.epoch,
+            "item": frame.item,
+            "attempt": frame.attempt,
+        }
+        self.around.send(host, 0, kind(**about, **fields), tensors)  # type: ignore[arg-type]
+
+
+def _request(started: StartedItem, stop_ids: Sequence[int]) -> Request:
+    fields = started.fields
+    return Request(
+        started=started,
+        tokens=list(started.tokens),
+        max_new_tokens=int(fields.get("max_new_tokens") or 0),
+        stop_ids=frozenset() if fields.get("ignore_eos") == "1" else frozenset(stop_ids),
+        sampling=Sampling(
+            temperature=float(fields.get("temperature") or 0),
+            top_k=int(fields.get("top_k") or 0),
+            top_p=float(fields.get("top_p") or 1),
+            seed=int(fields.get("seed") or 0),
+        ),
+    )
+
+
+def _nothing() -> None:
+    """Tokens of stage 0 come from no pooled buffer."""

@@ -1,0 +1,107 @@
+"""The weights and optimizer state that one stage trains, at a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lemix_stage_worker.model.stage import StageModel
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def moment_name(moment: str, parameter: str) -> str:
+    """The name of an optimizer tensor in a checkpoint."""
+    return f"optimizer.{moment}.{parameter}"
+
+
+def moment_names(model: StageModel) -> list[str]:
+    """The optimizer tensors a checkpoint has for this stage."""
+    return [moment_name(moment, name) for name in model.parameter_names() for moment in _MOMENTS]
+
+
+@dataclass
+class TrainingState:
+    """AdamW on one stage.
+
+    A tied head is a leaf of its own, for its gradient; its values are the embedding's. The stage that has both updates
+    the shared storage once; of two stages that have one each, both make the same update from the same summed gradient.
+    """
+
+    model: StageModel
+    step: int
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of the checkpoint it comes from."""
+    owns_weights: bool = False
+    """False while the weights are shared with a served version."""
+    _optimizer: torch.optim.AdamW | None = None
+
+    def take_gradients(self) -> list[Tensor]:
+        """The gradients accumulated since the last call, in model order, zeros where none came."""
+        gradients = []
+        for parameter in self.model.leaves().values():
+            gradients.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+            parameter.grad = None
+        return gradients
+
+    def apply(self, gradients: Mapping[str, Tensor], *, learning_rate: float, weight_decay: float) -> None:
+        """One optimizer step from the summed gradients, by leaf; the state is then one step further."""
+        self._own_weights()
+        optimizer = self._optimizer or self._make_optimizer()
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = learning_rate, weight_decay
+        leaves = self.model.leaves()
+        for name in self._updated():
+            leaves[name].grad = gradients[name]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+
+    def snapshot(self, *, optimizer: bool) -> dict[str, Tensor]:
+        """A copy of the weights (a tied head is the embedding's, so left out), and with them the optimizer's state."""
+        leaves = self.model.leaves()
+        tensors = {name: leaves[name].detach().clone() for name in leaves if not self._is_tied_head(name)}
+        if optimizer and self._optimizer is not None:
+            for name in list(tensors):
+                for moment in _MOMENTS:
+                    value = self._optimizer.state[leaves[name]][moment]
+                    tensors[moment_name(moment, name)] = value.clone()
+            # a tied head's moments are the embedding's, which the first stage writes
+        elif optimizer:
+            tensors |= {
+                name: tensor.clone()
+                for name, tensor in self.moments.items()
+                if name.split(".", 2)[2] in leaves
+            }
+        return tensors
+
+    def _is_tied_head(self, name: str) -> bool:
+        return self.model.tied_head and name == "lm_head.weight"
+
+    def _updated(self) -> list[str]:
+        """The leaves the optimizer steps: with one stage a tied head's storage is the embedding's."""
+        shares = self.model.is_first and self.model.tied_head
+        return [name for name in self.model.leaves() if not (shares and self._is_tied_head(name))]
+
+    def _own_weights(self) -> None:
+        """Copy the weights before they change for the first time: a served version may share them."""
+        if not self.owns_weights:
+            sources = {leaf.source: leaf.parameter.detach() for leaf in self.model.all_leaves()}
+            self.model.load({name: tensor.clone() for name, tensor in sources.items()})
+            self.owns_weights = True
+
+    def _make_optimizer(self) -> torch.optim.AdamW:
+        leaves = {leaf.name: leaf for leaf in self.model.all_leaves()}
+        updated = [leaves[name] for name in self._updated()]
+        self._optimizer = torch.optim.AdamW([leaf.parameter for leaf in updated], foreach=False)
+        if self.moments:
+            for leaf in updated:
+                self._optimizer.state[leaf.parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    **{moment: self.moments[moment_name(moment, leaf.source)].clone() for moment in _MOMENTS},
+                }
+            self.moments = {}
+        return self._optimizer

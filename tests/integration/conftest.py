@@ -1,0 +1,111 @@
+"""One broker fixture, in memory and as a real server, and a cluster on it whose worker follows a script."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import fakeredis
+import pytest
+from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
+
+from lemix import Client
+from lemix.connection import connection_over
+from lemix_common.broker import Broker, connect
+from lemix_common.keys import Keys
+from lemix_common.server import RunningBroker, start_broker
+from lemix_common.settings import ClusterSettings
+from lemix_common.store.cluster import Cluster
+
+
+@dataclass(frozen=True)
+class Outage:
+    """Takes the broker away and brings it back with the same data."""
+
+    begin: Callable[[], None]
+    end: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A broker to test on, and the way to break it."""
+
+    broker: Broker
+    outage: Outage
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:
+    """A real server for the whole session."""
+    running = start_broker(tmp_path_factory.mktemp("broker"))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(params=["memory", "server"])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """The same tests over memory and over a real server; no key outlives a test."""
+    opened = _in_memory() if request.param == "memory" else _on(request.getfixturevalue("server"))
+    yield opened
+    opened.broker.again(opened.broker.client.flushall)
+    opened.broker.client.close()
+
+
+@pytest.fixture
+def broker(place: Place) -> Broker:
+    """An empty broker."""
+    return place.broker
+
+
+@pytest.fixture
+def worker(broker: Broker) -> Iterator[ScriptedWorker]:
+    """A cluster of one node with one stage; its worker works only when the test says so, or while it ``runs``."""
+    settings = ClusterSettings(model="scripted", step_examples=2, max_queue=50)
+    Cluster(broker).create(settings, MODEL, BYTES_TOKENIZER)
+    scripted = ScriptedWorker(broker)
+    scripted.join()
+    yield scripted
+    scripted.stop()
+
+
+@pytest.fixture
+def new_client(broker: Broker, worker: ScriptedWorker) -> Iterator[Callable[..., Client]]:
+    """Makes clients of the cluster, and closes them."""
+    clients: list[Client] = []
+
+    def make(**options: object) -> Client:
+        clients.append(Client(connection=connection_over(broker), **options))  # type: ignore[arg-type]
+        return clients[-1]
+
+    assert worker.is_placed
+    yield make
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def client(new_client: Callable[..., Client]) -> Client:
+    """A client of the cluster."""
+    return new_client()
+
+
+def _in_memory() -> Place:
+    server = fakeredis.FakeServer()
+    broker = Broker(fakeredis.FakeRedis(server=server, decode_responses=True), Keys("test"), patience_s=20.0)
+
+    def connected(value: bool) -> Callable[[], None]:
+        return lambda: setattr(server, "connected", value)
+
+    return Place(broker, Outage(begin=connected(False), end=connected(True)))
+
+
+def _on(server: RunningBroker) -> Place:
+    def kill() -> None:
+        server.process.kill()
+        server.process.wait()
+
+    def restart() -> None:
+        server.restart()
+        server.wait_ready()
+
+    return Place(connect(server.url, "test", patience_s=20.0), Outage(begin=kill, end=restart))
