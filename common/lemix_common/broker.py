@@ -165,11 +165,12 @@ class Broker:
         return dict(value)
 
     def hashes(self, keys: Iterable[str]) -> list[dict[str, str]]:
-        """Many hashes in one round trip."""
+        """Many hashes as they are at one moment, in one round trip."""
+        wanted = list(keys)
 
         def get() -> list[dict[str, str]]:
-            with self.client.pipeline(transaction=False) as pipe:
-                for key in keys:
+            with self.client.pipeline(transaction=True) as pipe:
+                for key in wanted:
                     pipe.hgetall(key)
                 return [dict(value) for value in pipe.execute()]
 

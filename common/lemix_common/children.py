@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 from lemix_common.errors import BadInput, ClusterError
 
 _PR_SET_PDEATHSIG = 1
+_LAST_BYTES = 8192
 
 
 def start_child(
@@ -65,15 +67,19 @@ def stop_children(processes: Iterable[subprocess.Popen[bytes]], *, timeout_s: fl
             process.wait()
 
 
-def last_lines(log_path: Path, count: int = 3) -> str:
-    """The end of a child's log, as one line for an error message."""
+def last_reason(log_path: Path) -> str:
+    """Why a child ended, as far as the end of its log says: its last line, of a structured one the ``reason``."""
     try:
         with log_path.open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - 8192))
-            lines = log.read().decode("utf-8", "replace").splitlines()
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST_BYTES))
+            lines = log.read().decode("utf-8", "replace").split("\n")
     except OSError:
         return ""
-    return " | ".join(line.strip() for line in lines[-count:] if line.strip())
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    try:
+        return str(json.loads(last)["reason"])
+    except (ValueError, KeyError, TypeError):
+        return last
 
 
 def _dying_with(parent: int) -> Callable[[], None]:

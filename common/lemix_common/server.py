@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError
+from redis.retry import Retry
 
-from lemix_common.broker import OLDEST_SERVER, open_client
-from lemix_common.children import last_lines, start_child
+from lemix_common.broker import OLDEST_SERVER
+from lemix_common.children import last_reason, start_child
 from lemix_common.clock import wait_until
 from lemix_common.errors import BadInput, BrokerUnreachable, BrokerUnsuitable
 
@@ -31,6 +33,7 @@ _ADDRESS = "127.0.0.1"
 _ASK_AGAIN_S = 0.2
 _PORT_TRIES = 5
 _VERSION = re.compile(r"\bv=(\d+)\.(\d+)")
+_TAKEN = re.compile("already in use|Failed listening")
 _CONFIG_NAME = "broker.conf"
 _CONFIG = """\
 bind {address}
@@ -69,11 +72,11 @@ class RunningBroker:
 
     def wait_ready(self, *, timeout_s: float = 60.0) -> None:
         """Return when it answers; `BrokerUnreachable` with its last words if it ended instead."""
-        client = open_client(self.url)
-        try:
+        once = Retry(NoBackoff(), 0)
+        with redis.Redis.from_url(
+            self.url, socket_timeout=1.0, socket_connect_timeout=1.0, retry=once
+        ) as client:
             wait_until(lambda: self._answers(client), what="the broker answers", timeout_s=timeout_s)
-        finally:
-            client.close()
 
     def stop(self, *, timeout_s: float = 10.0) -> None:
         """Ask it to end, again and again since it refuses while it writes its first file; kill it after that long."""
@@ -87,15 +90,19 @@ class RunningBroker:
 
     def _answers(self, client: redis.Redis) -> bool:
         if self.process.poll() is not None:
-            raise BrokerUnreachable(f"the broker ended while starting: {last_lines(self.log_path)}")
+            reason = last_reason(self.log_path)
+            kind = _PortTaken if _TAKEN.search(reason) else BrokerUnreachable
+            raise kind(f"the broker ended while starting: {reason}")
         try:
             return bool(client.ping())
         except AuthenticationError:
-            raise BrokerUnreachable(
-                f"port {self.port}: another broker answers there (already in use)"
-            ) from None
+            raise _PortTaken(f"port {self.port}: another broker answers there") from None
         except RedisError:
             return False
+
+
+class _PortTaken(BrokerUnreachable):
+    """Someone listens on the port that we chose."""
 
 
 def start_broker(data_dir: Path, *, port: int = 0, log_path: Path | None = None) -> RunningBroker:
@@ -108,20 +115,23 @@ def start_broker(data_dir: Path, *, port: int = 0, log_path: Path | None = None)
     log_path = log_path or data_dir / "logs" / "broker.log"
     if port:
         _require_free(port)
-    for tries_left in reversed(range(_PORT_TRIES if port == 0 else 1)):
-        chosen, password = port or _free_port(), secrets.token_hex(24)
-        _write_config(directory, chosen, password)
-        process = _start(server, directory, log_path)
-        broker = RunningBroker(process, server, directory, log_path, chosen, password)
-        try:
-            broker.wait_ready()
-        except BaseException as error:
-            broker.stop()
-            if not (tries_left and "already in use" in str(error)):  # else someone took the port meanwhile
-                raise
-        else:
-            return broker
-    raise AssertionError("the last try returns or raises")
+        return _start_on(port, server, directory, log_path)
+    for _ in range(_PORT_TRIES):
+        with contextlib.suppress(_PortTaken):  # between choosing the port and listening on it
+            return _start_on(_free_port(), server, directory, log_path)
+    raise BrokerUnreachable(f"other programs took {_PORT_TRIES} free ports in a row: give one with --port")
+
+
+def _start_on(port: int, server: Path, directory: Path, log_path: Path) -> RunningBroker:
+    password = secrets.token_hex(24)
+    _write_config(directory, port, password)
+    broker = RunningBroker(_start(server, directory, log_path), server, directory, log_path, port, password)
+    try:
+        broker.wait_ready()
+    except BaseException:
+        broker.stop()
+        raise
+    return broker
 
 
 def find_server() -> Path:

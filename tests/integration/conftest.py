@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
-import fakeredis
 import pytest
-from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
 
+from integration.places import Place, in_memory, on_server
+from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
 from lemix import Client
 from lemix.connection import connection_over
-from lemix_common.broker import Broker, connect
-from lemix_common.keys import Keys
+from lemix_common.broker import Broker
 from lemix_common.server import RunningBroker, start_broker
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import Cluster
-
-
-@dataclass(frozen=True)
-class Outage:
-    """Takes the broker away and brings it back with the same data."""
-
-    begin: Callable[[], None]
-    end: Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A broker to test on, and the way to break it."""
-
-    broker: Broker
-    outage: Outage
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +27,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:
 @pytest.fixture(params=["memory", "server"])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     """The same tests over memory and over a real server; no key outlives a test."""
-    opened = _in_memory() if request.param == "memory" else _on(request.getfixturevalue("server"))
+    opened = in_memory() if request.param == "memory" else on_server(request.getfixturevalue("server"))
     yield opened
     opened.broker.again(opened.broker.client.flushall)
     opened.broker.client.close()
@@ -87,25 +69,3 @@ def new_client(broker: Broker, worker: ScriptedWorker) -> Iterator[Callable[...,
 def client(new_client: Callable[..., Client]) -> Client:
     """A client of the cluster."""
     return new_client()
-
-
-def _in_memory() -> Place:
-    server = fakeredis.FakeServer()
-    broker = Broker(fakeredis.FakeRedis(server=server, decode_responses=True), Keys("test"), patience_s=20.0)
-
-    def connected(value: bool) -> Callable[[], None]:
-        return lambda: setattr(server, "connected", value)
-
-    return Place(broker, Outage(begin=connected(False), end=connected(True)))
-
-
-def _on(server: RunningBroker) -> Place:
-    def kill() -> None:
-        server.process.kill()
-        server.process.wait()
-
-    def restart() -> None:
-        server.restart()
-        server.wait_ready()
-
-    return Place(connect(server.url, "test", patience_s=20.0), Outage(begin=kill, end=restart))

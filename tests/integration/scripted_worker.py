@@ -7,6 +7,7 @@ its number. Nothing happens but in `work`, so a test decides when.
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ MODEL: dict[str, object] = {
 }
 NAME = "scripted"
 PAUSE_S = 0.005
+SPAN_S = 0.1
 
 
 @dataclass
@@ -129,6 +131,14 @@ class ScriptedWorker:
             else:
                 self._stalled.append(item)
         self.broker.call_many(calls)
+        self._report(item)
+
+    def _report(self, item: StartedItem) -> None:
+        """Every item takes a tenth of a second, a fifth of it behind training."""
+        now = self.broker.clock.now()
+        span = {"node": 0, "stage": 0, "worker": NAME, "cat": "prefill", "item": item.item, "version": item.version}
+        span |= {"start": now - SPAN_S, "end": now, "blocked_s": SPAN_S / 5, "busy": True}
+        self.broker.client.xadd(self.broker.keys.events, {"spans": json.dumps([span])})
 
     def _train(self) -> None:
         training = Training(self.broker, MAIN_RUN)
@@ -150,9 +160,12 @@ class ScriptedWorker:
         )
         training.plan(self.leader_epoch, step, cursor=chosen[-1].id)
         epoch = int(Cluster(self.broker).nodes(1)[0]["epoch"])
-        training.start_step(self.leader_epoch, step.step, members=[0], epochs=[epoch], shard_nodes=[0])
+        training.start_step(
+            self.leader_epoch, step.step, members=[0], epochs=[epoch], shard_nodes=[0], seen=training.state()
+        )
         attempt = training.state().attempt
-        training.gradients_ready(step.step, attempt, node=0, stage=0, losses={0: float(step.step)})
+        ready = training.gradients_ready(step.step, attempt, node=0, stage=0, losses={0: float(step.step)})
+        self.broker.call_many([ready])
         self._publish(step.step, epoch)
 
     def _publish(self, step: int, epoch: int) -> None:

@@ -213,7 +213,8 @@ _LOAD_TRAINING = Lua(
     LEADER_ONLY
     + NOTICE
     + """
-local run, step, directory, nodes, epochs, loading = unpack(ARGV, 2, 7)
+local run, step, directory, nodes, epochs, loading, seen_attempt = unpack(ARGV, 2, 8)
+if (redis.call('HGET', K.run(run), 'attempt') or '0') ~= seen_attempt then return {'stale'} end
 local attempt = redis.call('HINCRBY', K.run(run), 'attempt', 1)
 redis.call('HSET', K.run(run), 'concluded', attempt, 'loading', loading)
 local stages = tonumber(redis.call('HGET', K.cluster_state, 'stages'))
@@ -327,6 +328,7 @@ class Versions:
         directory: str,
         nodes: Sequence[int],
         epochs: Sequence[int],
+        seen_attempt: int,
     ) -> None:
         """Have these nodes take their training state from a checkpoint ('' for the model folder, step 0)."""
         fence(
@@ -339,5 +341,6 @@ class Versions:
                 list(nodes),
                 list(epochs),
                 list(zip(nodes, epochs, strict=True)),
+                seen_attempt,
             )
         )

@@ -46,7 +46,8 @@ class Client:
     ) -> None:
         """Find the cluster by ``url``, then ``LEMIX_URL``, then ``.lemix/cluster.json``.
 
-        A broker that is away is waited for, up to ``patience_s``. ``on_reply`` sees each reply, in the inbox's thread.
+        A broker that is away is waited for, up to ``patience_s``. ``on_reply`` sees each
+        reply to this client, once, in the inbox's thread.
         """
         self._is_own = connection is None
         self._connection = connection or open_connection(find_cluster(url, cluster), patience_s=patience_s)

@@ -76,9 +76,7 @@ class DataDir:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise BadInput(
-                    f"a cluster runs in {self.path} already: `lemix down` stops it, another --data-dir starts a second"
-                ) from None
+                raise self.owned_by_another() from None
             yield
 
     def is_locked(self) -> bool:
@@ -91,6 +89,12 @@ class DataDir:
         except OSError:
             return False
         return False
+
+    def owned_by_another(self) -> BadInput:
+        """The error of a second supervisor."""
+        return BadInput(
+            f"a cluster runs in {self.path} already: `lemix down` stops it, another --data-dir starts a second"
+        )
 
     # ---- the running cluster
     def announce(self, running: RunningCluster) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import structlog
@@ -106,11 +107,11 @@ class Inbox:
             if "event" in entry.fields:
                 self._apply(read_reply(entry.fields))
 
-    def _apply(self, reply: Reply) -> None:
+    def _apply(self, reply: Reply, *, is_made_up: bool = False) -> None:
         item = self.find(reply.item)
         if item is not None and isinstance(reply, TokensGenerated) and item.missing_before(reply):
             self._fetch_tokens(item, reply.index)
-        if self.on_reply is not None:
+        if self.on_reply is not None and not (is_made_up and item and item.is_foreign):
             self.on_reply(reply)
         if item is None:
             return
@@ -127,9 +128,10 @@ class Inbox:
         fresh = tokens[len(item.tokens) : upto]
         if fresh:
             version = self.broker.hash(self.broker.keys.item(item_id)).get("weights_version", "")
-            self._apply(
-                TokensGenerated(item=item_id, index=len(item.tokens), tokens=fresh, weights_version=version)
+            made_up = TokensGenerated(
+                item=item_id, index=len(item.tokens), tokens=fresh, weights_version=version
             )
+            self._apply(made_up, is_made_up=True)
 
     # ---- the hashes, when the stream is silent
     def _audit_when_due(self) -> None:
@@ -163,14 +165,12 @@ class Inbox:
             if item.kind == "generate" and (item.is_foreign or ended):
                 self._fetch_tokens(item)
             if ended:
-                self._apply(ended)
+                self._apply(ended, is_made_up=True)
 
     def _read_to_the_end(self, broker: Broker) -> None:
         while True:
-            after = f"({self._last_id}"
-            entries: Any = broker.again(
-                lambda after=after: broker.client.xrange(self.stream, min=after, count=500)
-            )
+            read = partial(broker.client.xrange, self.stream, min=f"({self._last_id}", count=500)
+            entries: Any = broker.again(read)
             if not entries:
                 return
             self._take(Entry(self.stream, entry_id, dict(fields)) for entry_id, fields in entries)

@@ -12,15 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lemix.data_dir import DataDir
-from lemix.supervisor import CHECKPOINT_TIMEOUT_S, STOP_TIMEOUT_S, Launch
-from lemix_common.children import last_lines, start_child
+from lemix.supervisor import BAD_INPUT_STATUS, CHECKPOINT_TIMEOUT_S, STOP_TIMEOUT_S, Launch
+from lemix_common.children import last_reason, start_child
 from lemix_common.clock import wait_until
 from lemix_common.errors import BadInput, ClusterError, WaitTimeout
 from lemix_common.settings import ClusterSettings
 
 START_TIMEOUT_S = 300.0
 _END_TIMEOUT_S = CHECKPOINT_TIMEOUT_S + 3 * STOP_TIMEOUT_S
-_BAD_INPUT = 2
 
 
 @contextmanager
@@ -93,8 +92,8 @@ def _wait_ready(process: subprocess.Popen[bytes], directory: DataDir) -> str:
     def is_ready() -> bool:
         status = process.poll()
         if status is not None:
-            message = last_lines(directory.log("supervisor"), 1).removeprefix("lemix: ")
-            raise (BadInput if status == _BAD_INPUT else ClusterError)(message)
+            message = last_reason(directory.log("supervisor")).removeprefix("lemix: ")
+            raise (BadInput if status == BAD_INPUT_STATUS else ClusterError)(message)
         try:
             running = directory.announced()
         except ClusterError:

@@ -45,10 +45,8 @@ class Service:
     back_off: BackOff = BackOff()
     started_at: float = 0.0
     due_at: float = 0.0
-
-    @property
-    def is_alive(self) -> bool:
-        return self.process is not None and self.process.poll() is None
+    last_status: int | None = None
+    """With which it died last."""
 
     def tend(self, now: float) -> bool:
         """Start it if it is due, note its death if it died; whether it was started."""
@@ -60,7 +58,7 @@ class Service:
         status = self.process.poll()
         if status is not None:
             self.back_off = self.back_off.after_death(alive_s=now - self.started_at)
-            self.process, self.due_at = None, now + self.back_off.delay_s
+            self.process, self.last_status, self.due_at = None, status, now + self.back_off.delay_s
             log.warning("process_died", name=self.name, status=status, again_in_s=self.back_off.delay_s)
         return False
 

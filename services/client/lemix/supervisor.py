@@ -25,8 +25,8 @@ from lemix.data_dir import DataDir, RunningCluster
 from lemix.model_folder import ModelFolder, open_model_folder
 from lemix.services import Service, pids
 from lemix_common.broker import Broker, connect, hide_password
-from lemix_common.children import last_lines, start_child, stop_children
-from lemix_common.errors import BadInput, BrokerError, ClusterError, ModelError
+from lemix_common.children import last_reason, start_child, stop_children
+from lemix_common.errors import BadInput, BrokerError, ClusterError, LemixError, ModelError
 from lemix_common.server import RunningBroker, start_broker
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
@@ -39,12 +39,11 @@ CHECKPOINT_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 DEATHS_BEFORE_READY = 4
 """A process that died this often before the cluster was ready won't come up."""
+BAD_INPUT_STATUS = 2
+"""With which a process ends that was given something that can't work: it isn't started again."""
 _TICK_S = 0.05
 _LOGS_EVERY_S = 30.0
-_NEEDED = {
-    "coordinator": ("lemix_coordinator", "celery"),
-    "worker": ("lemix_stage_worker", "torch", "transformers"),
-}
+_NEEDED = ("celery", "torch", "transformers")
 _SAME_MODEL = ("family", "num_layers", "vocab_size", "tokenizer_sha256")
 
 
@@ -68,16 +67,10 @@ def supervise(launch: Launch, on_ready: Callable[[RunningCluster], None]) -> Non
     A first start that fails before it served anything leaves nothing but its logs, so the next one is a first again.
     """
     _require_extras()
-    if launch.url and launch.port:
-        raise BadInput("--port is for a broker that `lemix up` starts: give either --port or --url")
+    _require_possible(launch)
     model = open_model_folder(launch.settings.model, stages=launch.settings.stages)
     with launch.directory.locked(), _stop_requests() as stop:
         is_used = launch.directory.has_state()
-        if is_used and not launch.resume:
-            raise BadInput(
-                f"{launch.directory.path} holds a cluster's state: `lemix up --resume` goes on with it, "
-                "another --data-dir starts afresh"
-            )
         try:
             with _broker_for(launch) as (url, ours):
                 broker = connect(url, launch.cluster, patience_s=0)
@@ -192,13 +185,17 @@ class Supervisor:
     def _can_serve(self) -> bool:
         """Whether somebody leads and every stage is ready on a worker of this start; `ClusterError` if none can be."""
         for service in self.services:
-            if service.back_off.deaths >= DEATHS_BEFORE_READY:
-                log_path = self.launch.directory.log(service.name)
-                raise ClusterError(f"{service.name} can't start: {last_lines(log_path, 1)} (see {log_path})")
+            if service.last_status == BAD_INPUT_STATUS or service.back_off.deaths >= DEATHS_BEFORE_READY:
+                raise self._cannot_start(service)
         try:
             return self._all_ready()
         except BrokerError:
             return False  # it is being restarted
+
+    def _cannot_start(self, service: Service) -> LemixError:
+        log_path = self.launch.directory.log(service.name)
+        kind = BadInput if service.last_status == BAD_INPUT_STATUS else ClusterError
+        return kind(f"{service.name} can't start: {last_reason(log_path)} (see {log_path})")
 
     def _all_ready(self) -> bool:
         cluster = Cluster(self.broker)
@@ -257,13 +254,21 @@ class Supervisor:
 
 
 def _require_extras() -> None:
-    missing = [
-        extra
-        for extra, modules in _NEEDED.items()
-        if any(importlib.util.find_spec(module) is None for module in modules)
-    ]
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise BadInput(f"this machine lacks what a cluster needs: pip install 'lemix[{','.join(missing)}]'")
+        raise BadInput(f"a cluster needs {', '.join(missing)} on this machine: pip install 'lemix[all]'")
+
+
+def _require_possible(launch: Launch) -> None:
+    if launch.url and launch.port:
+        raise BadInput("--port is for a broker that `lemix up` starts: give either --port or --url")
+    if launch.directory.is_locked():
+        raise launch.directory.owned_by_another()
+    if launch.directory.has_state() and not launch.resume:
+        raise BadInput(
+            f"{launch.directory.path} holds a cluster's state: `lemix up --resume` goes on with it, "
+            "another --data-dir starts afresh"
+        )
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class WaitingItem:
     decode: Decode
     is_accepted: bool = False
     is_foreign: bool = False
-    """Submitted by another client, which gets the replies: its hash must be asked."""
+    """Its replies went elsewhere (to the client that submitted it) or were heard before: its hash is asked."""
     tokens: list[int] = field(default_factory=list)
     news: SimpleQueue[Reply | None] = field(default_factory=SimpleQueue)
 

@@ -79,7 +79,7 @@ class Coordinator:
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
         self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
         now = self.broker.clock.now()
-        self.reader = Reader(self.cluster, self.training, self.versions, started_at=now)
+        self.reader = Reader(self.cluster, self.versions, started_at=now)
         self._trust_heartbeats_at = now + self.settings.heartbeat_expiry_s
 
     def run(self, stop: threading.Event) -> None:
@@ -143,7 +143,13 @@ class Coordinator:
             case LoadTraining(step, directory, nodes, epochs, reason):
                 log.info("training_state_loading", step=step, nodes=nodes, reason=reason)
                 self.versions.load_training(
-                    self.epoch, run=MAIN_RUN, step=step, directory=directory, nodes=nodes, epochs=epochs
+                    self.epoch,
+                    run=MAIN_RUN,
+                    step=step,
+                    directory=directory,
+                    nodes=nodes,
+                    epochs=epochs,
+                    seen_attempt=view.run.attempt,
                 )
             case OpenSnapshot(kind, writers, epochs, reason):
                 operation = f"{kind}-{view.run.lineage}.{view.run.committed}-{uuid.uuid4().hex[:8]}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
-from lemix_common.store.training import Training
+from lemix_common.store.training import run_state
 from lemix_common.store.versions import Versions
 
 from lemix_coordinator.view import ClusterView, NodeView, OperationView, StageView, WorkerView
@@ -19,7 +19,6 @@ class Reader:
     """Turns Redis into views; remembers only since when something has been missing."""
 
     cluster: Cluster
-    training: Training
     versions: Versions
     started_at: float
     _empty_since: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -32,23 +31,31 @@ class Reader:
         trust_heartbeats: bool,
         links_lost: frozenset[tuple[int, int]],
     ) -> ClusterView:
-        """The cluster now. Heartbeats aren't trusted right after a start or an outage of the broker."""
-        nodes = tuple(
-            node_view(index, fields, settings.stages)
-            for index, fields in enumerate(self.cluster.nodes(settings.nodes))
-        )
-        self._note_empty(nodes, now)
-        live = self.versions.live()
+        """The cluster now. Heartbeats aren't trusted right after a start or an outage of the broker.
+
+        Run, nodes and versions are read at one moment: a commit between them would look like a node that fell behind.
+        """
         broker = self.cluster.broker
-        in_flight = broker.hash(broker.keys.versions_in_flight)
+        keys = broker.keys
+        state, run, live, in_flight, *node_fields = broker.hashes(
+            [
+                keys.cluster_state,
+                keys.run(MAIN_RUN),
+                keys.versions,
+                keys.versions_in_flight,
+                *map(keys.node, range(settings.nodes)),
+            ]
+        )
+        nodes = tuple(node_view(index, fields, settings.stages) for index, fields in enumerate(node_fields))
+        self._note_empty(nodes, now)
         preparing = self.versions.version(live["preparing"]) if live.get("preparing") else {}
         draining = live.get("draining", "")
         return ClusterView(
             settings=settings,
-            is_stopping=self.cluster.state().get("state") != "running",
+            is_stopping=state.get("state") != "running",
             workers=worker_views(self.cluster.workers(), trust_heartbeats=trust_heartbeats),
             nodes=nodes,
-            run=self.training.state(),
+            run=run_state(MAIN_RUN, run),
             served=live.get("served", ""),
             draining=draining,
             draining_in_flight=int(in_flight.get(draining, 0)),

@@ -291,7 +291,7 @@ class Learner:
             return
         assert attempt.planned is not None
         loss = loss_sum(state.model, output[0], targets_BT[0]) / attempt.planned.reference_tokens
-        attempt.losses[microbatch] = float(loss)
+        attempt.losses[microbatch] = float(loss.detach())
         attempt.in_flight[microbatch] = InFlight(source, loss)
         self._schedule_backward(attempt, microbatch, None, _nothing, self.now())
 

@@ -19,7 +19,11 @@ _EXTRA_OF = {"lemix_studies": "studies", "lemix_benchmarks": "all"}
 def build() -> typer.Typer:
     """The application with every command that can be found."""
     app = typer.Typer(
-        name="lemix", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None
+        name="lemix",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        rich_markup_mode=None,
     )
     app.callback()(_lemix)
     for entry in sorted(entry_points(group="lemix.commands"), key=lambda entry: entry.name):

@@ -1,0 +1,128 @@
+"""A replay's report: summary.json, items.csv, history.jsonl, steps.jsonl, trace.json, report.html."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lemix import Generation, Score
+from lemix_common.errors import BadInput
+from lemix_studies.measures import ItemTimes, before_and_after, count_duplicated, count_lost, summarize
+from lemix_studies.replay import Outcome
+from lemix_studies.spans import blocked_by_item, chrome_trace
+from lemix_studies.workload import WorkloadOptions
+
+HISTORY = "history.jsonl"
+_COLUMNS = (
+    "item", "line", "kind", "at_s", "prompt_tokens", "reference_tokens", "capped", "end", "weights_version",
+    "response_s", "ttft_s", "mean_itl_s", "loss",
+)  # fmt: skip
+
+
+def report_directory(given: Path | None, command: str, now: datetime | None = None) -> Path:
+    """The directory of a report, made and empty of older parts; `BadInput` if it can't be written."""
+    moment = now or datetime.now(UTC)
+    directory = given or Path("reports") / f"{command}-{moment:%Y%m%dT%H%M%SZ}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / HISTORY).write_text("", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{directory}: no report can be written there ({error.strerror})") from None
+    return directory
+
+
+def summary_of(outcome: Outcome, options: WorkloadOptions, directory: Path) -> dict[str, object]:
+    """The object of `lemix replay --json`."""
+    generations = [item for item, arrival in outcome.arrivals.items() if arrival.kind == "generate"]
+    lengths = {item: len(outcome.arrivals[item].reference) for item in generations}
+    blocked_s = blocked_by_item(outcome.spans)
+    losses = [answer.loss for answer in outcome.answers.values() if isinstance(answer, Score)]
+    matches = [
+        float(answer.tokens == outcome.arrivals[item].reference)
+        for item, answer in outcome.answers.items()
+        if isinstance(answer, Generation)
+    ]
+    step_losses = [step.loss for step in outcome.steps if step.loss is not None]
+    return summarize(outcome.items, outcome.idle, nodes=outcome.nodes, blocked_s=blocked_s) | {
+        "lost": count_lost(outcome.items, lengths),
+        "duplicated": count_duplicated(outcome.items, [step.items for step in outcome.steps]),
+        "dead_lettered": outcome.dead_lettered,
+        "capped": sum(arrival.is_capped for arrival in outcome.arrivals.values()),
+        "serving_loss": before_and_after(losses),
+        "exact_match": before_and_after(matches),
+        "step_loss": before_and_after(step_losses),
+        "steps": len(outcome.steps),
+        "max_lateness_s": outcome.max_lateness_s,
+        "weights_sha256": outcome.weights_sha256,
+        "factors": {"time": options.time_scale, "length": options.length_scale},
+        "seed": options.seed,
+        "report_dir": str(directory),
+    }
+
+
+def write_report(directory: Path, outcome: Outcome, summary: Mapping[str, object]) -> None:
+    """Every file but the history, which was written as it happened."""
+    _write_json(directory / "summary.json", summary, indent=2)
+    _write_json(directory / "trace.json", chrome_trace(outcome.spans))
+    with (directory / "steps.jsonl").open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(asdict(step)) + "\n" for step in outcome.steps)
+    with (directory / "items.csv").open("w", encoding="utf-8", newline="") as table:
+        rows = csv.DictWriter(table, _COLUMNS)
+        rows.writeheader()
+        rows.writerows(_row(outcome, item) for item in outcome.items)
+    (directory / "report.html").write_text(_page(summary), encoding="utf-8")
+
+
+def _row(outcome: Outcome, item: ItemTimes) -> dict[str, object]:
+    arrival, answer = outcome.arrivals[item.item], outcome.answers.get(item.item)
+    gaps = item.gaps_s
+    return {
+        "item": item.item,
+        "line": arrival.line,
+        "kind": item.kind,
+        "at_s": round(arrival.at_s, 6),
+        "prompt_tokens": len(arrival.prompt),
+        "reference_tokens": len(arrival.reference),
+        "capped": int(arrival.is_capped),
+        "end": " ".join(item.ends) or ("refused" if item.was_refused else "none"),
+        "weights_version": item.weights_version,
+        "response_s": item.response_s,
+        "ttft_s": item.ttft_s,
+        "mean_itl_s": sum(gaps) / len(gaps) if gaps else None,
+        "loss": answer.loss if isinstance(answer, Score) else None,
+    }
+
+
+def _write_json(path: Path, value: object, *, indent: int | None = None) -> None:
+    path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+
+
+def _page(summary: Mapping[str, Any]) -> str:
+    rows = "\n".join(_html_rows(summary))
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'><title>LeMix replay</title>\n"
+        "<style>body{font:15px/1.5 system-ui;margin:2rem auto;max-width:46rem}td,th{padding:.2rem .8rem;"
+        "text-align:left;border-bottom:1px solid #ddd;vertical-align:top}</style>\n"
+        f"<h1>LeMix replay</h1>\n<table>\n{rows}\n</table>\n"
+        "<p>trace.json opens in Perfetto (ui.perfetto.dev).</p></html>\n"
+    )
+
+
+def _html_rows(summary: Mapping[str, Any]) -> Iterable[str]:
+    for name, value in summary.items():
+        shown = (
+            ", ".join(f"{k}: {_short(v)}" for k, v in value.items())
+            if isinstance(value, Mapping)
+            else _short(value)
+        )
+        yield f"<tr><th>{html.escape(name)}</th><td>{html.escape(shown)}</td></tr>"
+
+
+def _short(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

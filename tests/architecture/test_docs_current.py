@@ -1,0 +1,17 @@
+"""Pages that are made from the code say what the code says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+GENERATOR = Path(__file__).resolve().parents[2] / "docs" / "generate.py"
+
+
+def test_the_configuration_page_is_current() -> None:
+    """docs/configuration.md is what `make docs` writes."""
+    ended = subprocess.run(
+        [sys.executable, str(GENERATOR), "--check"], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert ended.returncode == 0, ended.stderr

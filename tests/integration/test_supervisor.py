@@ -1,0 +1,167 @@
+"""`lemix up` as a process: it starts everything, brings back what dies, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from lemix import Client
+from lemix.data_dir import DataDir
+from lemix.export import export_model
+from lemix.running import running_cluster
+from lemix.weight_files import weight_files
+from lemix_common.broker import connect
+from lemix_common.clock import wait_until
+from lemix_common.errors import BadInput, ClusterError
+from lemix_common.server import RunningBroker
+from lemix_common.settings import ClusterSettings
+from lemix_common.store.cluster import Cluster
+from lemix_common.tensorfiles import weights_sha256
+from tiny_model import write_tiny_llama
+
+PATIENCE_S = 20.0
+pytestmark = pytest.mark.timeout(90)  # importing torch takes a worker four seconds of a core
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> ClusterSettings:
+    """One node of one stage: the fewest processes that make a cluster."""
+    model = write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
+    return ClusterSettings(model=str(model), step_examples=2)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Iterator[DataDir]:
+    """A data directory without a process that lives on in it."""
+    path = DataDir(tmp_path / "data")
+    yield path
+    assert not path.is_locked()
+    assert not (path.path / "cluster.json").exists()
+
+
+def test_what_dies_comes_back_and_down_leaves_nothing(settings: ClusterSettings, directory: DataDir) -> None:
+    """SIGKILL of every child at once, the broker too, is repaired; an orderly end keeps what was learned."""
+    with running_cluster(settings, data_dir=directory.path) as url, Client(url) as client:
+        before = client.score("the cat sat", "on the mat", timeout=PATIENCE_S)
+        for future in (client.train("the cat", "sat"), client.train("the dog", "ran")):
+            future.result(PATIENCE_S)
+        first = directory.announced().processes
+        assert set(first) == {"broker", "coordinator", "operations", "worker-0"}
+        for pid in first.values():
+            os.kill(pid, signal.SIGKILL)
+        wait_until(
+            lambda: not set(directory.announced().processes.values()) & set(first.values()),
+            what="every process has a successor",
+            timeout_s=PATIENCE_S,
+        )
+        after = client.score("the cat sat", "on the mat", timeout=PATIENCE_S)
+        second = directory.announced().processes
+    assert (before.weights_version, after.weights_version) == ("0.0", "0.1")
+    assert not [name for name, pid in [*first.items(), *second.items()] if is_running(pid)]
+    assert [path.name for path in directory.checkpoints.iterdir()] == ["0.1"], "the last checkpoint was taken"
+
+
+def test_a_killed_supervisor_takes_everything_along(settings: ClusterSettings, directory: DataDir) -> None:
+    """After SIGKILL of `lemix up` no process is left, and `--resume` goes on where it was."""
+    with running_cluster(settings, data_dir=directory.path) as url:
+        running = directory.announced()
+        with Client(url) as client:
+            for future in (client.train("the cat", "sat"), client.train("the dog", "ran")):
+                future.result(PATIENCE_S)
+        os.kill(running.pid, signal.SIGKILL)
+        pids = [running.pid, *running.processes.values()]
+        wait_until(lambda: not any(map(is_running, pids)), what="all have ended", timeout_s=PATIENCE_S)
+    assert not directory.is_locked()
+    with pytest.raises(BadInput, match="`lemix up --resume` goes on with it"), _up(settings, directory):
+        pass
+    with running_cluster(settings, data_dir=directory.path, resume=True) as url, Client(url) as client:
+        assert client.score("the cat", "sat", timeout=PATIENCE_S).weights_version == "0.1"
+
+
+def test_a_second_cluster_needs_a_directory_of_its_own(settings: ClusterSettings, directory: DataDir) -> None:
+    """Two supervisors can't share a data directory; the first one doesn't notice the attempt."""
+    with running_cluster(settings, data_dir=directory.path) as url:
+        pid = directory.announced().pid
+        with pytest.raises(BadInput, match=r"runs in .* already"), _up(settings, directory):
+            pass
+        assert directory.announced().pid == pid
+        broker = connect(url)
+        assert export_model(broker, directory.path.parent / "out") == "0.0"
+        broker.client.close()
+    base = weight_files(Path(settings.model))
+    assert weights_sha256(weight_files(directory.path.parent / "out")) == weights_sha256(base)
+
+
+def test_a_model_that_no_worker_can_host_is_one_error(directory: DataDir) -> None:
+    """What only a worker can see ends the start with its reason, and the next start is a first one again."""
+    model = write_tiny_llama(directory.path.parent / "odd", hidden_size=20)
+    with (
+        pytest.raises(ClusterError, match="can't start"),
+        running_cluster(ClusterSettings(model=str(model)), data_dir=directory.path),
+    ):
+        pass
+    assert not directory.has_state()
+    assert not directory.broker.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model", "/no/such/folder"], "no such folder"),
+        (["--stages", "3"], "2 layers, which can't be cut into 3 stages"),
+        (["--policy", "best"], "policy = best: must be one of"),
+        (["--nodes", "0"], "nodes = 0: must be at least 1"),
+        (["--config", "/no/such/file"], "can't be read as TOML"),
+        (["--url", "redis://127.0.0.1:1/0"], "no Redis or Valkey answers"),
+        (["--url", "http://127.0.0.1"], "not a broker's URL"),
+        (["--url", "redis://127.0.0.1:1/0", "--port", "7"], "give either"),
+    ],
+)
+def test_bad_input_starts_nothing(
+    settings: ClusterSettings, directory: DataDir, options: list[str], sentence: str
+) -> None:
+    """One sentence on stderr, status 2 (1 for a broker that isn't there), and no process was started."""
+    command = ["up", "--model", settings.model, "--data-dir", str(directory.path), *options]
+    ended = subprocess.run(
+        [sys.executable, "-m", "lemix", *command], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (
+        1 if "--url" in options and "--port" not in options else 2,
+        "",
+    )
+    assert sentence in " ".join(ended.stderr.split())
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (directory.path / "logs").exists()
+
+
+def test_clusters_share_a_given_broker(
+    settings: ClusterSettings, directory: DataDir, server: RunningBroker
+) -> None:
+    """With `--url` no broker is started, and what runs beside it on the broker is left alone."""
+    other = connect(server.url, "other")
+    Cluster(other).create(ClusterSettings(model="x"), {}, "{}")
+    with running_cluster(settings, data_dir=directory.path, url=server.url, cluster="mine"):
+        assert set(directory.announced().processes) == {"coordinator", "operations", "worker-0"}
+    assert Cluster(other).settings().model == "x"
+    other.client.flushall()
+    other.client.close()
+
+
+def _up(settings: ClusterSettings, directory: DataDir) -> AbstractContextManager[str]:
+    return running_cluster(settings, data_dir=directory.path)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or ") Z " not in status.read_text()  # a zombie waits for its parent only
