@@ -6,12 +6,15 @@ tested with `lemix up` in `tests/faults` and `tests/integration/test_up.py`.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from lemix import Client
 from lemix.connection import connection_over
@@ -31,8 +34,13 @@ from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.source import open_model
+from lemix_stage_worker.model.weights import open_weights
 from lemix_stage_worker.reporter import Reporter
 from lemix_stage_worker.worker import Worker
+from mortality import Killed, KillPoint, MortalBroker, mortal
+
+COORDINATOR = "coordinator"
+"""Whom a kill point is for, if not a worker's slot."""
 
 
 @dataclass
@@ -52,11 +60,23 @@ class InlineTransitions:
         remove(directory, root=self.data_dir / "versions")
 
 
+class MortalWorker(Worker):
+    """A worker whose compute loop ends with its broker's connection."""
+
+    def turn(self, *, wait_s: float) -> None:
+        """One turn, if it still lives."""
+        assert isinstance(self.broker, MortalBroker)
+        if self.broker.dead.is_set():
+            raise Killed
+        super().turn(wait_s=wait_s)
+
+
 @dataclass
 class Hosted:
-    """One worker and the threads it runs on."""
+    """A worker or coordinator and the threads it runs on."""
 
-    worker: Worker
+    broker: MortalBroker
+    worker: Worker | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     threads: list[threading.Thread] = field(default_factory=list)
 
@@ -67,6 +87,24 @@ class Hosted:
             thread.join(timeout=20.0)
             assert not thread.is_alive(), thread.name
 
+    def abandon(self) -> None:
+        """End it as SIGKILL would: its connections are cut, nothing is said or finished."""
+        self.broker.die()
+        self.stop.set()  # for the threads that only wait
+        if self.worker is not None:
+            for puller in list(self.worker.pullers.values()):
+                puller.stop()
+            self.worker.reporter.close()
+            self.worker.links.close()
+            self.worker._background.shutdown(cancel_futures=True)
+        self.end()
+
+    @property
+    def pulled(self) -> set[str]:
+        """Entries of the work streams that this worker has in work."""
+        assert self.worker is not None
+        return {entry for puller in self.worker.pullers.values() for entry in puller._held}
+
 
 @dataclass
 class InProcessCluster:
@@ -76,33 +114,81 @@ class InProcessCluster:
     settings: ClusterSettings
     data_dir: Path
     workers: dict[str, Hosted] = field(default_factory=dict)
+    coordinators: list[Hosted] = field(default_factory=list)
+    ended: list[Hosted] = field(default_factory=list)
 
-    def add_worker(self, slot: str) -> Hosted:
+    def add_coordinator(self, kill_point: KillPoint | None = None) -> Hosted:
+        """Start a coordinator; it leads, or stands by while another does."""
+        broker = mortal(self.broker, kill_point)
+        coordinator = Coordinator(
+            name=f"coordinator-{uuid.uuid4().hex[:6]}",
+            broker=broker,
+            settings=self.settings,
+            data_dir=self.data_dir,
+            transitions=InlineTransitions(Versions(broker), self.data_dir),
+        )
+        hosted = Hosted(broker)
+        hosted.threads = [
+            threading.Thread(target=coordinator.run, args=(hosted.stop,), name=coordinator.name, daemon=True)
+        ]
+        self.coordinators.append(hosted)
+        hosted.threads[0].start()
+        return hosted
+
+    def replace_coordinator(self) -> Hosted:
+        """Kill the coordinator, let its lease run out and start another."""
+        self._bury(self.coordinators.pop())
+        self.broker.client.delete(self.broker.keys.leader)
+        return self.add_coordinator()
+
+    def add_worker(self, slot: str, kill_point: KillPoint | None = None) -> Hosted:
         """Start a worker in a slot."""
-        cluster = Cluster(self.broker)
         name = WorkerId(f"{slot}-{uuid.uuid4().hex[:6]}")
-        inbox, clock = Inbox(), SystemClock()
+        broker, inbox, clock = mortal(self.broker, kill_point), Inbox(), SystemClock()
+        cluster = Cluster(broker)
         source = open_model(Path(self.settings.model))
         links = Links(name, open_transport(Identity(name, cluster.secret())), inbox, clock)
         address = links.listen(f"memory:{name}")
-        worker = Worker(
+        worker = MortalWorker(
             name=name,
-            broker=self.broker,
+            broker=broker,
             settings=self.settings,
             source=source,
             layers=cut_model(source, self.settings.stages),
             links=links,
             inbox=inbox,
-            reporter=Reporter(name, self.broker),
+            reporter=Reporter(name, broker),
         )
-        hosted = self.workers[slot] = Hosted(worker)
+        broker.on_death = lambda: _cut(links)
+        hosted = self.workers[slot] = Hosted(broker, worker)
         about = {"slot": slot, "pid": 0, "address": address, "registered_at": f"{clock.now():.6f}"}
         expiry_s = self.settings.heartbeat_expiry_s
         heartbeat = Heartbeat(worker, cluster, lambda: cluster.register(name, about, expiry_s=expiry_s), expiry_s)
         running = threading.Thread(target=worker.run, args=(hosted.stop,), name=f"compute-{name}", daemon=True)
-        hosted.threads = [heartbeat.start(hosted.stop), running]
+        with contextlib.suppress(Killed):
+            hosted.threads = [heartbeat.start(hosted.stop)]
+        hosted.threads.append(running)
         running.start()
         return hosted
+
+    def replace_worker(self, slot: str) -> Hosted:
+        """Kill the worker of a slot and start another there."""
+        self._bury(self.workers.pop(slot))
+        return self.add_worker(slot)
+
+    def replace_dead(self) -> list[str]:
+        """What `lemix up` does: start again whatever has died; returns who that was."""
+        died = [slot for slot, hosted in self.workers.items() if hosted.broker.dead.is_set()]
+        for slot in died:
+            self.replace_worker(slot)
+        if self.coordinators and self.coordinators[-1].broker.dead.is_set():
+            self.replace_coordinator()
+            died.append(COORDINATOR)
+        return died
+
+    def _bury(self, hosted: Hosted) -> None:
+        hosted.abandon()
+        self.ended.append(hosted)
 
     def is_ready(self) -> bool:
         """Whether every stage is."""
@@ -113,8 +199,27 @@ class InProcessCluster:
             for stage in range(self.settings.stages)
         )
 
+    def has_forgotten_items(self) -> bool:
+        """Whether no worker holds a request, a cache or a place of an item."""
+        workers = [hosted.worker for hosted in self.workers.values() if hosted.worker is not None]
+        return not any(
+            [
+                *(worker.serving.requests for worker in workers),
+                *(host.caches for worker in workers for host in worker.hosts.values()),
+                *(hosted.pulled for hosted in self.workers.values()),
+            ]
+        )
+
     def fingerprint(self, node: int) -> str:
         """The sha256 of a node's training weights."""
+        return self._snapshot(node)["sha256"]
+
+    def weights(self, node: int) -> dict[str, torch.Tensor]:
+        """A node's training weights."""
+        weights = open_weights(Path(self._snapshot(node)["directory"]))
+        return weights.read(weights.specs)
+
+    def _snapshot(self, node: int) -> dict[str, str]:
         operation = f"fingerprint-{uuid.uuid4().hex[:8]}"
         versions = Versions(self.broker)
         epoch = int(Cluster(self.broker).nodes(self.settings.nodes)[node]["epoch"])
@@ -129,39 +234,55 @@ class InProcessCluster:
         wait_until(
             lambda: versions.operation(operation).get("state") == "sealed", what="fingerprint", timeout_s=20.0
         )
-        return versions.operation(operation)["sha256"]
+        return versions.operation(operation)
 
 
 @contextmanager
 def in_process_cluster(
-    broker: Broker, settings: ClusterSettings, data_dir: Path
+    broker: Broker,
+    settings: ClusterSettings,
+    data_dir: Path,
+    kill_points: Mapping[str, KillPoint] | None = None,
 ) -> Iterator[tuple[InProcessCluster, Client]]:
-    """A ready cluster and a client of it; everything has ended on exit."""
+    """A ready cluster and a client of it; everything has ended on exit.
+
+    Who has a kill point (a worker's slot, or `COORDINATOR`) may be dead when this returns.
+    """
+    points = kill_points or {}
+    threads = set(threading.enumerate())
     model = open_model_folder(settings.model, stages=settings.stages)
     Cluster(broker).create(settings, model.fields(), model.tokenizer)
     cluster = InProcessCluster(broker, settings, data_dir)
-    coordinator = Coordinator(
-        name=f"coordinator-{uuid.uuid4().hex[:6]}",
-        broker=broker,
-        settings=settings,
-        data_dir=data_dir,
-        transitions=InlineTransitions(Versions(broker), data_dir),
-    )
-    stop = threading.Event()
-    leading = threading.Thread(target=coordinator.run, args=(stop,), name="coordinator", daemon=True)
-    leading.start()
+    cluster.add_coordinator(points.get(COORDINATOR))
     try:
         for index in range(settings.num_workers):
-            cluster.add_worker(f"worker-{index}")
-        wait_until(cluster.is_ready, what="every stage is ready", timeout_s=30.0)
+            cluster.add_worker(f"worker-{index}", points.get(f"worker-{index}"))
+        if not points:
+            wait_until(cluster.is_ready, what="every stage is ready", timeout_s=30.0)
         with Client(connection=connection_over(broker)) as client:
             yield cluster, client
     finally:
+        for hosted in (*cluster.workers.values(), *cluster.coordinators):
+            hosted.stop.set()
         for hosted in cluster.workers.values():
+            hosted.abandon() if hosted.broker.dead.is_set() else hosted.end()
+        for hosted in cluster.coordinators:
             hosted.end()
-        stop.set()
-        leading.join(timeout=10.0)
-        assert not leading.is_alive()
+        wait_until(
+            lambda: not [t for t in set(threading.enumerate()) - threads if t.is_alive()],
+            what=f"the threads have ended, {set(threading.enumerate()) - threads}",
+            timeout_s=10.0,
+        )
+        for hosted in (*cluster.workers.values(), *cluster.coordinators, *cluster.ended):
+            hosted.broker.client.connection_pool.disconnect()
+
+
+def _cut(links: Links) -> None:
+    """What the kernel does with the connections of a killed process."""
+    if links._listener is not None:
+        links._listener.close()
+    for channel in (*links._channels.values(), *links._incoming):
+        channel.close()
 
 
 def committed(broker: Broker) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from lemix_common.broker import Broker
+from lemix_common.broker import Broker, Entry
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import STAGE_0, Items, StartedItem
 from lemix_common.store.training import PlannedStep, Training
@@ -79,11 +79,10 @@ class ScriptedWorker:
     def work(self) -> None:
         """Do everything there is to do now."""
         items = Items(self.broker)
-        for entry in items.submitted(NAME, count=100, pending=False):
-            self.broker.call_many([items.dispatch(self.leader_epoch, entry, 0)])
-        stream = self.broker.keys.work(0)
-        pulled = self.broker.read_group(stream, STAGE_0, NAME, block_s=0.001, count=100)
-        started, _ = items.start(0, NAME, pulled) if pulled else ([], [])
+        for pending in (True, False):  # pending: the broker's answer was lost
+            for entry in items.submitted(NAME, count=100, pending=pending):
+                self.broker.call_many([items.dispatch(self.leader_epoch, entry, 0)])
+        started, _ = items.start(0, NAME, self._pull())
         unfinished, self._stalled = [*self._stalled, *started], []
         for item in unfinished:
             self._answer(items, item)
@@ -111,6 +110,12 @@ class ScriptedWorker:
         while not self._stopped.wait(PAUSE_S):
             self.work()
 
+    def _pull(self) -> list[Entry]:
+        stream, known = self.broker.keys.work(0), {item.entry for item in self._stalled}
+        again = self.broker.read_group(stream, STAGE_0, NAME, block_s=0.001, count=100, after="0")
+        fresh = self.broker.read_group(stream, STAGE_0, NAME, block_s=0.001, count=100)
+        return [entry for entry in again if entry.id not in known] + fresh
+
     def _answer(self, items: Items, item: StartedItem) -> None:
         if self.fail_with:
             calls = [items.fail(item, 0, self.fail_with)]
@@ -136,9 +141,17 @@ class ScriptedWorker:
     def _report(self, item: StartedItem) -> None:
         """Every item takes a tenth of a second, a fifth of it behind training."""
         now = self.broker.clock.now()
-        span = {"node": 0, "stage": 0, "worker": NAME, "cat": "prefill", "item": item.item, "version": item.version}
+        span = {
+            "node": 0,
+            "stage": 0,
+            "worker": NAME,
+            "cat": "prefill",
+            "item": item.item,
+            "version": item.version,
+        }
         span |= {"start": now - SPAN_S, "end": now, "blocked_s": SPAN_S / 5, "busy": True}
-        self.broker.client.xadd(self.broker.keys.events, {"spans": json.dumps([span])})
+        spans = json.dumps([span])
+        self.broker.again(lambda: self.broker.client.xadd(self.broker.keys.events, {"spans": spans}))
 
     def _train(self) -> None:
         training = Training(self.broker, MAIN_RUN)
@@ -174,7 +187,7 @@ class ScriptedWorker:
         versions.write_shards(operation)
         versions.prepare(operation, "", "")
         versions.prepared(version, node=0, stage=0, epoch=epoch)
-        assert versions.publish(operation) == "ok"
+        assert versions.publish(operation) in {"ok", "stale"}  # stale: done, but the broker's answer was lost
         versions.retire(self.leader_epoch)
 
 

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
+from integration.places import Place
 from integration.scripted_worker import BYTES_TOKENIZER, SPAN_S, ScriptedWorker
 from lemix.connection import connection_over
 from lemix_common.broker import Broker
@@ -99,3 +102,37 @@ def test_the_history_is_written_as_it_happens(broker: Broker, worker: ScriptedWo
     assert all(
         event["result_sha256"] and event["weights_version"] for event in events if event["event"] == "done"
     )
+
+
+class SignalsHalfway(io.StringIO):
+    """A history file that says when its hundredth line is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_halfway = threading.Event()
+        self.num_lines = 0
+
+    def write(self, text: str) -> int:
+        """Write a line down."""
+        self.num_lines += 1
+        if self.num_lines == 100:
+            self.is_halfway.set()
+        return super().write(text)
+
+
+def test_a_broker_restart_loses_and_doubles_nothing(
+    place: Place, worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    """Items that are due meanwhile are accepted once, in the trace's order."""
+    history = SignalsHalfway()
+    with worker.runs(), ThreadPoolExecutor(1) as pool:
+        replaying = pool.submit(
+            run_replay, connection_over(place.broker), plan(), history, prefix="r", data_dir=None
+        )
+        assert history.is_halfway.wait(20)
+        place.outage.begin()
+        place.outage.end()
+        outcome = replaying.result()
+    summary = summary_of(outcome, OPTIONS, tmp_path)
+    assert [summary[name] for name in ("done", "lost", "duplicated")] == [22, 0, 0]
+    assert [item for step in outcome.steps for item in step.items] == [f"r-{k:06d}" for k in range(0, 22, 4)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,15 +16,16 @@ import pytest
 
 from lemix import Client
 from lemix.data_dir import DataDir
-from lemix.export import export_model
 from lemix.running import running_cluster
+from lemix.supervisor import Launch, StopRequests, Supervisor
 from lemix.weight_files import weight_files
 from lemix_common.broker import connect
 from lemix_common.clock import wait_until
 from lemix_common.errors import BadInput, ClusterError
 from lemix_common.server import RunningBroker
 from lemix_common.settings import ClusterSettings
-from lemix_common.store.cluster import Cluster
+from lemix_common.store.cluster import MAIN_RUN, Cluster
+from lemix_common.store.versions import Versions
 from lemix_common.tensorfiles import weights_sha256
 from tiny_model import write_tiny_llama
 
@@ -85,18 +88,25 @@ def test_a_killed_supervisor_takes_everything_along(settings: ClusterSettings, d
         assert client.score("the cat", "sat", timeout=PATIENCE_S).weights_version == "0.1"
 
 
-def test_a_second_cluster_needs_a_directory_of_its_own(settings: ClusterSettings, directory: DataDir) -> None:
-    """Two supervisors can't share a data directory; the first one doesn't notice the attempt."""
-    with running_cluster(settings, data_dir=directory.path) as url:
-        pid = directory.announced().pid
-        with pytest.raises(BadInput, match=r"runs in .* already"), _up(settings, directory):
-            pass
-        assert directory.announced().pid == pid
-        broker = connect(url)
-        assert export_model(broker, directory.path.parent / "out") == "0.0"
-        broker.client.close()
-    base = weight_files(Path(settings.model))
-    assert weights_sha256(weight_files(directory.path.parent / "out")) == weights_sha256(base)
+def test_from_up_to_down_on_the_command_line(settings: ClusterSettings, directory: DataDir) -> None:
+    """`up --detach` returns when ready; status, redis, checkpoint and export find the cluster; `down` ends it."""
+    up = ("up", "--model", settings.model, "--step-examples", "2")
+    assert "is ready at redis://127.0.0.1:" in lemix(directory, *up, "--detach").stdout
+    try:
+        assert "already" in lemix(directory, *up, status=2).stderr, "a directory has one cluster"
+        status = json.loads(lemix(directory, "status", "--json").stdout)
+        assert [stage["layers"] for node in status["nodes"] for stage in node["stages"]] == [[0, 1]]
+        assert "coordinator-" in lemix(directory, "status").stdout
+        assert lemix(directory, "redis", "HGET", "{lemix}:cluster", "state").stdout == "running\n"
+        assert "unknown command" in lemix(directory, "redis", "NONSENSE", status=1).stderr
+        assert "version 0.0" in lemix(directory, "checkpoint").stdout
+        out = directory.path.parent / "out"
+        assert lemix(directory, "export", str(out)).stdout == f"version 0.0 in {out}\n"
+        assert weights_sha256(weight_files(out)) == weights_sha256(weight_files(Path(settings.model)))
+        assert "is not empty" in lemix(directory, "export", str(out), status=2).stderr
+    finally:
+        assert lemix(directory, "down").stdout == "stopped\n"
+    assert "no cluster runs in" in lemix(directory, "down", status=1).stderr
 
 
 def test_a_model_that_no_worker_can_host_is_one_error(directory: DataDir) -> None:
@@ -128,17 +138,30 @@ def test_bad_input_starts_nothing(
     settings: ClusterSettings, directory: DataDir, options: list[str], sentence: str
 ) -> None:
     """One sentence on stderr, status 2 (1 for a broker that isn't there), and no process was started."""
-    command = ["up", "--model", settings.model, "--data-dir", str(directory.path), *options]
-    ended = subprocess.run(
-        [sys.executable, "-m", "lemix", *command], capture_output=True, text=True, timeout=20, check=False
-    )
-    assert (ended.returncode, ended.stdout) == (
-        1 if "--url" in options and "--port" not in options else 2,
-        "",
-    )
+    status = 1 if "--url" in options and "--port" not in options else 2
+    command = ("up", "--model", settings.model, *options)
+    ended = lemix(directory, *command, status=status)
+    assert ended.stdout == ""
     assert sentence in " ".join(ended.stderr.split())
     assert len(ended.stderr.splitlines()) == 1
     assert not (directory.path / "logs").exists()
+
+
+def test_a_second_request_skips_the_last_checkpoint(
+    settings: ClusterSettings, directory: DataDir, server: RunningBroker
+) -> None:
+    """A checkpoint that doesn't come is waited for, but not by a user who presses Ctrl-C again."""
+    broker, stop = connect(server.url, "alone", patience_s=0), StopRequests(count=1)
+    Cluster(broker).create(settings, {}, "{}")
+    broker.client.hset(broker.keys.run(MAIN_RUN), "committed", 1)
+    again = threading.Timer(0.3, stop.note, (signal.SIGINT, None))
+    again.start()
+    Supervisor(Launch(settings=settings, directory=directory), broker, server.url, stop)._checkpoint()
+    again.join()
+    assert [fields["state"] for fields in Versions(broker).in_progress().values()] == ["requested"]
+    assert Cluster(broker).state()["state"] == "stopping", "nothing new is accepted meanwhile"
+    broker.client.flushall()
+    broker.client.close()
 
 
 def test_clusters_share_a_given_broker(
@@ -152,6 +175,21 @@ def test_clusters_share_a_given_broker(
     assert Cluster(other).settings().model == "x"
     other.client.flushall()
     other.client.close()
+
+
+def lemix(directory: DataDir, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command in an environment that knows the data directory only."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LEMIX_")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "lemix", *arguments],
+        env=environment | {"LEMIX_DATA_DIR": str(directory.path), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == status, ended.stderr
+    return ended
 
 
 def _up(settings: ClusterSettings, directory: DataDir) -> AbstractContextManager[str]:

@@ -209,6 +209,8 @@ _COMPLETE = Lua(
 local item, attempt, node, entry, result, now = unpack(ARGV)
 if not is_current(item, attempt) then close_entry(node, entry) return {'stale'} end
 end_item(item, 'done', now, 'result', result)
+local submitted = redis.call('HGET', K.item(item), 'submitted_at')
+if submitted then redis.call('HINCRBYFLOAT', K.totals, 'response_s', string.format('%.6f', now - submitted)) end
 reply(item, 'event', 'done', 'result', result, 'weights_version', redis.call('HGET', K.item(item), 'weights_version'))
 close_entry(node, entry)
 return {'ok'}

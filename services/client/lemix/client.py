@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
@@ -166,10 +166,7 @@ class Client:
         return parts[0]
 
     def _submit(self, prepared: PreparedItem) -> WaitingItem:
-        future: Future[Any] = Future(prepared.item_id, self.cancel)
-        waiting = self._inbox.expect(
-            WaitingItem(future, prepared.kind, prepared.prompt_end, self._connection.tokenization.decode)
-        )
+        waiting = self._inbox.expect(self._waiting_item(prepared.item_id, prepared.fields))
         about = {"client": self.name, "submitted_at": f"{self._broker.clock.now():.6f}"}
         try:
             self._items.submit(prepared.item_id, prepared.fields | about, prepared.payload)
@@ -207,11 +204,13 @@ class Client:
 
     def _look_up(self, item_id: ItemId) -> WaitingItem:
         """Wait for an item that this client doesn't know yet."""
-        known = self._items.get(item_id)
-        prompt_end = tuple(json.loads(known.get("prompt_end", "[]")))
-        future: Future[Any] = Future(item_id, self.cancel)
-        waiting = WaitingItem(future, known["kind"], prompt_end, self._connection.tokenization.decode)
+        waiting = self._waiting_item(item_id, self._items.get(item_id))
         waiting.is_accepted = waiting.is_foreign = True
         waiting = self._inbox.expect(waiting)
         self._inbox.wake()
         return waiting
+
+    def _waiting_item(self, item_id: ItemId, fields: Mapping[str, object]) -> WaitingItem:
+        prompt_end = tuple(json.loads(str(fields.get("prompt_end", "[]"))))
+        decode = self._connection.tokenization.decode
+        return WaitingItem(Future(item_id, self.cancel), str(fields["kind"]), prompt_end, decode)

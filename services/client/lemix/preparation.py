@@ -8,12 +8,10 @@ from typing import get_args
 
 from lemix.items import GenerateItem, Item, OverLongRule, ScoreItem, TrainItem
 from lemix.limits import Ids, reject_over_long, split_example, truncate_prompt
+from lemix.text_stream import last_piece
 from lemix.tokenization import ModelCard, Tokenization
 from lemix_common.errors import BadInput
 from lemix_common.ids import ItemId, check_item_id, new_item_id
-
-_CONTEXT_TOKENS = 4
-"""Prompt tokens that a decoder needs to see before the first generated one (does a space come first?)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +24,6 @@ class PreparedItem:
     payload: dict[str, Ids]
     is_named: bool
     """The caller chose the id, so it may exist already."""
-
-    @property
-    def prompt_end(self) -> Ids:
-        """The prompt's last tokens, for the decoder."""
-        return self.payload["prompt"][-_CONTEXT_TOKENS:]
 
 
 def prepare(item: Item, tokenization: Tokenization) -> list[PreparedItem]:
@@ -66,7 +59,7 @@ def _generate(item: GenerateItem, tokenization: Tokenization) -> PreparedItem:
         "max_new_tokens": item.max_new_tokens,
         "ignore_eos": int(item.ignore_eos),
         **asdict(item.sampling),
-        "prompt_end": json.dumps(fitted[-_CONTEXT_TOKENS:]),
+        "prompt_end": json.dumps(last_piece(tokenization.decode, fitted)),
     }
     return _prepared("generate", item.item_id, fitted, (), _about(tokenization) | fields)
 

@@ -15,7 +15,7 @@ from lemix.data_dir import DataDir
 from lemix.supervisor import BAD_INPUT_STATUS, CHECKPOINT_TIMEOUT_S, STOP_TIMEOUT_S, Launch
 from lemix_common.children import last_reason, start_child
 from lemix_common.clock import wait_until
-from lemix_common.errors import BadInput, ClusterError, WaitTimeout
+from lemix_common.errors import BadInput, ClusterError, LemixError, WaitTimeout
 from lemix_common.settings import ClusterSettings
 
 START_TIMEOUT_S = 300.0
@@ -90,10 +90,8 @@ def _wait_ready(process: subprocess.Popen[bytes], directory: DataDir) -> str:
     urls: list[str] = []
 
     def is_ready() -> bool:
-        status = process.poll()
-        if status is not None:
-            message = last_reason(directory.log("supervisor")).removeprefix("lemix: ")
-            raise (BadInput if status == BAD_INPUT_STATUS else ClusterError)(message)
+        if (status := process.poll()) is not None:
+            raise _why_it_ended(status, directory)
         try:
             running = directory.announced()
         except ClusterError:
@@ -103,6 +101,13 @@ def _wait_ready(process: subprocess.Popen[bytes], directory: DataDir) -> str:
 
     wait_until(is_ready, what="the cluster becomes ready", timeout_s=START_TIMEOUT_S, interval_s=0.05)
     return urls[0]
+
+
+def _why_it_ended(status: int, directory: DataDir) -> LemixError:
+    if status == 0:
+        return ClusterError("the cluster was asked to stop while it started")
+    reason = last_reason(directory.log("supervisor")).removeprefix("lemix: ")
+    return BadInput(reason) if status == BAD_INPUT_STATUS else ClusterError(reason)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

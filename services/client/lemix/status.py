@@ -12,7 +12,7 @@ from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import COORDINATORS, STAGE_0
 from lemix_common.store.versions import Versions
 
-BUSY_WINDOW_S = 10.0
+BUSY_WINDOW_S = 5.0
 _EVENT_BATCHES = 200
 
 
@@ -118,8 +118,8 @@ def read_status(broker: Broker) -> Status:
 
 def training_tax(totals: Mapping[str, str]) -> float:
     """Σ time a ready step waited behind training ÷ Σ (response − that wait), of the items that ended."""
-    waited, response = float(totals.get("waited_s", 0)), float(totals.get("response_s", 0))
-    return waited / (response - waited) if response > waited else 0.0
+    blocked_s, response_s = float(totals.get("blocked_s", 0)), float(totals.get("response_s", 0))
+    return blocked_s / (response_s - blocked_s) if response_s > blocked_s else 0.0
 
 
 def busy_shares(

@@ -75,6 +75,7 @@ def supervise(launch: Launch, on_ready: Callable[[RunningCluster], None]) -> Non
             with _broker_for(launch) as (url, ours):
                 broker = connect(url, launch.cluster, patience_s=0)
                 _require_same_model(broker, model, launch)
+                is_used = is_used or bool(broker.hash(broker.keys.model))
                 supervisor = Supervisor(launch, broker, url, stop)
                 try:
                     supervisor.run(model, ours, on_ready)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 _HALF_CHARACTER = "\ufffd"
+_LONGEST_PIECE = 16
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -21,7 +22,7 @@ class TextStream:
 
     decode: Decode
     shown: list[int]
-    """Tokens of the last piece shown; at first the prompt's end."""
+    """Tokens of the last piece shown; at first the prompt's `last_piece`."""
     _waiting: list[int] = field(default_factory=list)
 
     def add(self, tokens: Sequence[int]) -> str:
@@ -42,8 +43,16 @@ class TextStream:
         return piece
 
     def _unshown(self) -> str:
-        before = self.decode(self.shown).rstrip(_HALF_CHARACTER)
-        return self.decode([*self.shown, *self._waiting])[len(before) :]
+        return self.decode([*self.shown, *self._waiting])[len(self.decode(self.shown)) :]
+
+
+def last_piece(decode: Decode, prompt: Sequence[int]) -> tuple[int, ...]:
+    """The fewest last tokens of a prompt that are a text of whole characters; none if its end isn't one."""
+    for length in range(1, min(len(prompt), _LONGEST_PIECE) + 1):
+        text = decode(prompt[-length:])
+        if text and _HALF_CHARACTER not in text:
+            return tuple(prompt[-length:])
+    return ()
 
 
 def text_of(decode: Decode, prompt_end: Sequence[int], tokens: Sequence[int]) -> str:

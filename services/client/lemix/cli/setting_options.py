@@ -29,7 +29,7 @@ def setting_descriptions() -> Mapping[str, str]:
 
 def with_setting_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each setting; those the user gave arrive in its ``settings`` argument."""
-    own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
     names = [field.name for field in fields(ClusterSettings)]
 
     @functools.wraps(command)

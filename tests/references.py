@@ -1,0 +1,154 @@
+"""What a cluster is compared with: plain loops over a whole transformers model, and real rows to run them on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from lemix import TrainItem
+from lemix.model_folder import open_model_folder
+from lemix.preparation import prepare
+from lemix.tokenization import ModelCard, Tokenization, open_tokenization
+from lemix_common.errors import OverLong
+from lemix_common.sampling import GREEDY, Sampling
+from lemix_stage_worker.model.sampling import choose_token
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+GSM8K = DATA / "text" / "gsm8k_train.jsonl"
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A training example as text (or ids) and as the ids a client makes of it."""
+
+    prompt: str | Ids
+    reference: str | Ids
+    ids: tuple[Ids, Ids]
+
+
+def tokenization_of(folder: Path) -> Tokenization:
+    """A model folder's, as a cluster publishes it."""
+    model = open_model_folder(str(folder), stages=1)
+    fields = {name: str(value) for name, value in model.fields().items()}
+    return open_tokenization(ModelCard.parse(fields), model.tokenizer)
+
+
+def write_number_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """A tokenizer whose words are the ids themselves, for a model made of nothing."""
+    tokenizer = Tokenizer(WordLevel({str(i): i for i in range(vocab_size)}, unk_token="0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def fitting_examples(folder: Path, rows: Iterable[tuple[str, str]], count: int) -> tuple[list[Example], int]:
+    """The first ``count`` rows that fit the model's context, and how many before them don't."""
+    tokenization, fitting, num_over_long = tokenization_of(folder), [], 0
+    for prompt, reference in rows:
+        try:
+            (prepared,) = prepare(TrainItem(prompt, reference), tokenization)
+        except OverLong:
+            num_over_long += 1
+            continue
+        fitting.append(
+            Example(prompt, reference, (prepared.payload["prompt"], prepared.payload["reference"]))
+        )
+        if len(fitting) == count:
+            break
+    return fitting, num_over_long
+
+
+def gsm8k_rows() -> Iterable[tuple[str, str]]:
+    """Questions and answers in the file's order."""
+    with GSM8K.open(encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            yield row["question"], row["answer"]
+
+
+def whole_model(folder: Path) -> PreTrainedModel:
+    """The model as transformers loads it, dropout off."""
+    disable_progress_bar: Callable[[], None] = logging.disable_progress_bar
+    disable_progress_bar()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model.train(mode=False)
+    return model
+
+
+def train_whole(
+    folder: Path, examples: Sequence[Example], *, step_examples: int, learning_rate: float, weight_decay: float
+) -> dict[str, Tensor]:
+    """The plain loop: one model, one process, one microbatch an example, torch's AdamW."""
+    model = whole_model(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    for start in range(0, len(examples), step_examples):
+        step = [example.ids for example in examples[start : start + step_examples]]
+        num_targets = sum(len(reference) for _, reference in step)
+        for prompt, reference in step:
+            logits_TV = model(torch.tensor([[*prompt, *reference]])).logits[0]
+            predicted = logits_TV[len(prompt) - 1 : -1]
+            loss = functional.cross_entropy(predicted, torch.tensor(reference), reduction="sum") / num_targets
+            torch.autograd.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """norm(found - expected) / norm(expected) over all values; GPT-2's key biases, whose gradient is zero, left out."""
+    assert found.keys() == expected.keys()
+    pairs = [(_counted(name, found[name]), _counted(name, expected[name])) for name in expected]
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    norm = sum(float(b.double().square().sum()) for _, b in pairs)
+    return float((difference / norm) ** 0.5)
+
+
+def _counted(name: str, values: Tensor) -> Tensor:
+    if not name.endswith("attn.c_attn.bias"):
+        return values
+    query, _, value = values.chunk(3)
+    return torch.cat([query, value])
+
+
+@torch.no_grad()
+def generate_whole(
+    model: PreTrainedModel, prompt: Sequence[int], num_tokens: int, sampling: Sampling = GREEDY
+) -> list[int]:
+    """Greedy or sampled tokens of the whole model, with its own key-value cache; no end of sequence."""
+    ids, cache, tokens = list(prompt), None, list[int]()
+    while len(tokens) < num_tokens:
+        output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        position = len(prompt) + len(tokens)
+        tokens.append(choose_token(output.logits[0, -1], sampling, position=position).token)
+        ids = tokens[-1:]
+    return tokens
+
+
+@torch.no_grad()
+def score_whole(model: PreTrainedModel, prompt: Sequence[int], reference: Sequence[int]) -> list[float]:
+    """The log-probability of each reference token."""
+    logits_TV = model(torch.tensor([[*prompt, *reference]])).logits[0, len(prompt) - 1 : -1]
+    values: list[float] = (-functional.cross_entropy(logits_TV, torch.tensor(reference), reduction="none")).tolist()
+    return values
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """As INTERFACES defines it: over parameters in name order, raw bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
