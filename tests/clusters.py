@@ -248,6 +248,7 @@ def in_process_cluster(
 
     Who has a kill point (a worker's slot, or `COORDINATOR`) may be dead when this returns.
     """
+    torch.set_num_threads(1)  # as a worker process does
     points = kill_points or {}
     threads = set(threading.enumerate())
     model = open_model_folder(settings.model, stages=settings.stages)

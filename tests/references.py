@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lemix.preparation import prepare
 from lemix.tokenization import ModelCard, Tokenization, open_tokenization
 from lemix_common.errors import OverLong
 from lemix_common.sampling import GREEDY, Sampling
-from lemix_stage_worker.model.sampling import choose_token
+from lemix_stage_worker.model.sampling import _scores
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GSM8K = DATA / "text" / "gsm8k_train.jsonl"
@@ -123,19 +123,31 @@ def _counted(name: str, values: Tensor) -> Tensor:
     return torch.cat([query, value])
 
 
+NEAR_TIE = 1e-3
+"""Where the two best logits are closer than this, another sum's rounding may choose the other token."""
+
+
+def assert_tokens_equal(
+    model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int], sampling: Sampling = GREEDY
+) -> None:
+    """Each token is the one the whole model chooses after those before it (either of two in a near tie, but rarely)."""
+    chosen = list(follow_whole(model, prompt, tokens, sampling))
+    others = [at for at, (token, margin) in enumerate(chosen) if token != tokens[at]]
+    assert [at for at in others if chosen[at][1] >= NEAR_TIE] == []
+    assert len(others) <= len(tokens) / 1000
+
+
 @torch.no_grad()
-def generate_whole(
-    model: PreTrainedModel, prompt: Sequence[int], num_tokens: int, sampling: Sampling = GREEDY
-) -> list[int]:
-    """Greedy or sampled tokens of the whole model, with its own key-value cache; no end of sequence."""
-    ids, cache, tokens = list(prompt), None, list[int]()
-    while len(tokens) < num_tokens:
+def follow_whole(
+    model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int], sampling: Sampling = GREEDY
+) -> Iterator[tuple[int, float]]:
+    """What the whole model, with its own key-value cache, chooses at each position, and by what margin."""
+    ids, cache = list(prompt), None
+    for index, token in enumerate(tokens):
         output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        position = len(prompt) + len(tokens)
-        tokens.append(choose_token(output.logits[0, -1], sampling, position=position).token)
-        ids = tokens[-1:]
-    return tokens
+        cache, ids = output.past_key_values, [token]
+        best = _scores(output.logits[0, -1].float(), sampling, len(prompt) + index).topk(2)
+        yield int(best.indices[0]), float(best.values[0] - best.values[1])
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from typing import Final
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
 from lemix_common.errors import ModelError
 
@@ -37,6 +38,7 @@ def write_bench_model(folder: Path) -> Path:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
     check_bench_model(model)
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     _tokenizer().save(str(folder / "tokenizer.json"))
     return folder
@@ -59,7 +61,9 @@ def check_bench_model(model: PreTrainedModel) -> None:
 def _tokenizer() -> Tokenizer:
     """A token a byte: any text has tokens."""
     letters = [*_SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(_SPECIAL))

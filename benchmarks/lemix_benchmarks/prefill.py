@@ -61,9 +61,7 @@ def run(plan: Plan) -> Findings:
                 Subject(CASE, "lemix", lambda: _seconds_of_cluster(client, example), repetitions),
                 Subject(CASE, "whole_model", lambda: _seconds_of_model(whole, example), repetitions),
             ]
-            for subject in subjects * _WARM_UPS:
-                subject.once()
-            rows = measure(subjects, rounds=rounds)
+            rows = measure(subjects, rounds=rounds, warm_ups=_WARM_UPS)
     over = ratio(rows, CASE, "lemix", "whole_model")
     return Findings(
         rounds=rounds,

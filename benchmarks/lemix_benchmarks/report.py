@@ -118,11 +118,12 @@ class Findings:
         return all(target.is_met for target in self.targets)
 
 
-def measure(subjects: Sequence[Subject], *, rounds: int) -> tuple[Row, ...]:
-    """Measure all of them in each round, after one that doesn't count."""
+def measure(subjects: Sequence[Subject], *, rounds: int, warm_ups: int = 10) -> tuple[Row, ...]:
+    """Measure all of them in each round, after a few times that don't count."""
     samples: dict[Subject, list[float]] = {subject: [] for subject in subjects}
-    for subject in subjects:
-        subject.once()
+    for _ in range(warm_ups):
+        for subject in subjects:
+            subject.once()
     for order in _orders(subjects, rounds):
         for subject in order:
             samples[subject].append(median(subject.once() for _ in range(subject.repetitions)))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import redis
 import structlog
@@ -129,9 +129,10 @@ class Broker:
                 self.clock.sleep(delay_s)
                 delay_s = min(2 * delay_s, 1.0)
 
-    def read(self, after: dict[str, str], *, block_s: float, count: int = 200) -> list[Entry]:
+    def read(self, after: Mapping[str, str], *, block_s: float, count: int = 200) -> list[Entry]:
         """Entries after the given ids, waiting up to ``block_s`` for the first; none while the broker is away."""
-        return self._read(lambda: self.client.xread(after, count=count, block=_milliseconds(block_s)))
+        streams = cast("Any", dict(after))
+        return self._read(lambda: self.client.xread(streams, count=count, block=_milliseconds(block_s)))
 
     def read_group(
         self, stream: str, group: str, consumer: str, *, block_s: float, count: int, after: str = ">"
@@ -204,7 +205,7 @@ class Broker:
         known = self._scripts.get(lua.name)
         if known is None:
             source = f"{lua_names(self.keys, lua.body)}\n{lua.body}"
-            known = self._scripts[lua.name] = (source, hashlib.sha1(source.encode()).hexdigest())  # noqa: S324
+            known = self._scripts[lua.name] = (source, hashlib.sha1(source.encode()).hexdigest())  # noqa: S324 - EVALSHA's
         return known
 
 
@@ -218,7 +219,9 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _text(arg: object) -> str:
-    return arg if isinstance(arg, str) else json.dumps(arg) if isinstance(arg, (dict, list, tuple)) else str(arg)
+    return (
+        arg if isinstance(arg, str) else json.dumps(arg) if isinstance(arg, (dict, list, tuple)) else str(arg)
+    )
 
 
 def check_broker(client: redis.Redis, url: str) -> None:

@@ -178,7 +178,7 @@ class Keys:
 
 
 def lua_names(keys: Keys, body: str) -> str:
-    """Lua declarations of the names that ``body`` uses as ``K.name`` or ``K.name(…)``, so that keys are spelled once."""
+    """Lua declarations of the names that ``body`` uses as ``K.name`` or ``K.name(…)``: keys are spelled once."""
     lines = ["local K = {}"]
     for name in sorted(set(re.findall(r"\bK\.(\w+)", body))):
         attribute = inspect.getattr_static(Keys, name)

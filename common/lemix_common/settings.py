@@ -10,7 +10,7 @@ import math
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,12 @@ class ClusterSettings:
         _require(self.policy in POLICIES, "policy", self.policy, "one of " + ", ".join(POLICIES))
         _require(0 < self.training_share < 1, "training_share", self.training_share, "between 0 and 1")
         if self.policy == "separate":
-            _require(self.nodes >= 2, "nodes", self.nodes, "at least 2 with policy separate (one serves, one trains)")
+            _require(
+                self.nodes >= 2,
+                "nodes",
+                self.nodes,
+                "at least 2 with policy separate (one serves, one trains)",
+            )
         _require(self.workers <= self.nodes * self.stages, "workers", self.workers, "at most nodes x stages")
 
     @property
@@ -100,7 +105,7 @@ def _require(holds: bool, name: str, value: object, wanted: str) -> None:
 
 def settings_from(values: Mapping[str, object], *, where: str) -> dict[str, Any]:
     """Typed settings of some text or TOML values; an unknown name or an unreadable value is refused, naming it."""
-    kinds = {field.name: type(field.default) for field in fields(ClusterSettings)}
+    kinds = {name: type(default) for name, default in asdict(ClusterSettings()).items()}
     typed: dict[str, Any] = {}
     for name, value in values.items():
         if name not in kinds:

@@ -37,7 +37,9 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-                raise ModelError(f"{path}: not a safetensors file, or cut off within its header; copy it again")
+                raise ModelError(
+                    f"{path}: not a safetensors file, or cut off within its header; copy it again"
+                )
             header = json.loads(file.read(length))
         tensors = [
             StoredTensor(path, name, about["dtype"], tuple(about["shape"]), 8 + length + first, last - first)
@@ -51,7 +53,9 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
         raise ModelError(f"{path}: its safetensors header can't be read ({error}); copy it again") from None
     end = max((tensor.start + tensor.num_bytes for tensor in tensors), default=8 + length)
     if end != size:
-        raise ModelError(f"{path}: truncated or padded: {size} bytes, but its header speaks of {end}; copy it again")
+        raise ModelError(
+            f"{path}: truncated or padded: {size} bytes, but its header speaks of {end}; copy it again"
+        )
     return tensors
 
 

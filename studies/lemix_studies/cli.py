@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -80,9 +80,8 @@ def replay(
         arrivals = plan_workload(
             lines, texts, tokenization.prompt_ids, options, context_length=tokenization.card.context_length
         )
-        with (directory / HISTORY).open("w", encoding="utf-8") as history:
+        with closing(connection.broker.client), (directory / HISTORY).open("w", encoding="utf-8") as history:
             outcome = run_replay(connection, arrivals, history, prefix=prefix, data_dir=address.data_dir)
-        connection.broker.client.close()
     summary = summary_of(outcome, options, directory)
     write_report(directory, outcome, summary)
     typer.echo(json.dumps(summary) if as_json else _in_words(summary))

@@ -26,7 +26,7 @@ from lemix_common.errors import BrokerUnreachable, QueueFull, WaitTimeout
 from lemix_common.ids import Version
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.training import Training
-from lemix_studies.fingerprints import weights_sha256
+from lemix_studies.fingerprints import training_nodes, weights_sha256
 from lemix_studies.history import History
 from lemix_studies.measures import IdleTimes, ItemTimes, items_of
 from lemix_studies.probing import probe_idle_times
@@ -163,6 +163,7 @@ def run_replay(
         probes.hear(reply)
         history.hear(reply)
 
+    trained = training_nodes(broker)
     tail.start()
     try:
         with Client(connection=connection, on_reply=hear) as client:
@@ -189,7 +190,7 @@ def run_replay(
         dead_lettered=int(broker.again(lambda: broker.client.xlen(broker.keys.dead_letters)))
         - int(dead_before),
         max_lateness_s=replay.max_lateness_s,
-        weights_sha256=weights_sha256(broker, data_dir) if data_dir else {},
+        weights_sha256=weights_sha256(broker, data_dir, trained) if data_dir else {},
     )
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 import typer
 from typer.testing import CliRunner
 
@@ -10,6 +12,13 @@ from lemix_studies.cli import register
 
 TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n"
 TEXT = '{"question": "a", "answer": "b"}\n' * 9
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command sets up logging for its own process."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -84,7 +84,8 @@ return {'ok'}
 
 _FORGET_WORKER = Lua(
     "forget_worker",
-    LEADER_ONLY + "redis.call('SREM', K.workers, ARGV[2])\nredis.call('DEL', K.worker(ARGV[2]), K.alive(ARGV[2]))\nreturn {'ok'}",
+    LEADER_ONLY
+    + "redis.call('SREM', K.workers, ARGV[2])\nredis.call('DEL', K.worker(ARGV[2]), K.alive(ARGV[2]))\nreturn {'ok'}",
 )
 
 _PLACE = Lua(
@@ -208,7 +209,9 @@ class Cluster:
 
     def stop_accepting(self) -> None:
         """Refuse new items and start no new training step."""
-        self.broker.again(lambda: self.broker.client.hset(self.broker.keys.cluster_state, "state", "stopping"))
+        self.broker.again(
+            lambda: self.broker.client.hset(self.broker.keys.cluster_state, "state", "stopping")
+        )
 
     # ---- leadership
     def lead(self, coordinator: str, *, expiry_s: float) -> int | None:

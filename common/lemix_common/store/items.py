@@ -253,7 +253,10 @@ return {'cancelled', 'cancelled'}
 """,
 )
 
-_CLOSE = Lua("close_entry", "redis.call('XACK', K.work(ARGV[1]), 'stage0', ARGV[2])\nredis.call('XDEL', K.work(ARGV[1]), ARGV[2])")
+_CLOSE = Lua(
+    "close_entry",
+    "redis.call('XACK', K.work(ARGV[1]), 'stage0', ARGV[2])\nredis.call('XDEL', K.work(ARGV[1]), ARGV[2])",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,7 +300,9 @@ class Items:
                     f"item {item} was tokenized for another model than the cluster's: open a new Client"
                 )
             case _:
-                raise ShuttingDown("the cluster is not running (stopping, or not started yet); nothing was accepted")
+                raise ShuttingDown(
+                    "the cluster is not running (stopping, or not started yet); nothing was accepted"
+                )
 
     def cancel(self, item: str) -> bool:
         """Take an item back; False if it had ended. A planned training example can't be taken out any more."""
@@ -307,7 +312,9 @@ class Items:
             case ["ended", _]:
                 return False
             case ["late", state]:
-                raise BadInput(f"item {item} is {state}: its step is fixed, so it can't be cancelled any more")
+                raise BadInput(
+                    f"item {item} is {state}: its step is fixed, so it can't be cancelled any more"
+                )
             case _:
                 raise ItemUnknown(f"no item {item} (or its result has expired)")
 
@@ -320,7 +327,9 @@ class Items:
 
     def tokens(self, item: str) -> list[int]:
         """Tokens generated so far."""
-        values: Any = self.broker.again(lambda: self.broker.client.lrange(self.broker.keys.item_tokens(item), 0, -1))
+        values: Any = self.broker.again(
+            lambda: self.broker.client.lrange(self.broker.keys.item_tokens(item), 0, -1)
+        )
         return [int(value) for value in values]
 
     # ---- by the coordinator
@@ -328,7 +337,9 @@ class Items:
         """The call that sends a queued item to a node (a no-op for one that is not queued any more)."""
         return _DISPATCH, (leader_epoch, entry.id, entry.fields["item"], node, self._now())
 
-    def redispatch(self, leader_epoch: int, node: int, entry: Entry, *, target: int | None, reason: str) -> Call:
+    def redispatch(
+        self, leader_epoch: int, node: int, entry: Entry, *, target: int | None, reason: str
+    ) -> Call:
         """The call that takes an item from a lost node to another (or back to the queue), or gives it up."""
         to = "" if target is None else target
         return _REDISPATCH, (leader_epoch, node, entry.id, entry.fields["item"], to, reason, self._now())
@@ -346,10 +357,13 @@ class Items:
         return [Entry(stream, entry_id, dict(fields)) for entry_id, fields in entries]
 
     # ---- by stage 0
-    def start(self, node: int, worker: str, entries: Sequence[Entry]) -> tuple[list[StartedItem], list[Entry]]:
+    def start(
+        self, node: int, worker: str, entries: Sequence[Entry]
+    ) -> tuple[list[StartedItem], list[Entry]]:
         """Take pulled entries into work: the items to run, and the entries that were stale."""
         calls: list[Call] = [
-            (_START, (entry.fields["item"], entry.fields["attempt"], node, worker, self._now())) for entry in entries
+            (_START, (entry.fields["item"], entry.fields["attempt"], node, worker, self._now()))
+            for entry in entries
         ]
         started, stale = [], []
         for entry, answer in zip(entries, self.broker.call_many(calls), strict=True):
@@ -393,7 +407,9 @@ def pairs(values: Sequence[str]) -> dict[str, str]:
 
 def _started(entry: Entry, fields: Any, payload: Any, tokens: Any) -> StartedItem:
     known = fields if isinstance(fields, dict) else pairs(fields)
-    ids = {k: tuple(json.loads(v)) for k, v in (payload if isinstance(payload, dict) else pairs(payload)).items()}
+    ids = {
+        k: tuple(json.loads(v)) for k, v in (payload if isinstance(payload, dict) else pairs(payload)).items()
+    }
     return StartedItem(
         item=entry.fields["item"],
         attempt=int(entry.fields["attempt"]),

@@ -214,7 +214,9 @@ class Training:
             "seed": step.seed,
             "planned_at": f"{self.broker.clock.now():.6f}",
         }
-        return fence(self.broker.call(_PLAN, leader_epoch, self.run, step.step, cursor, list(step.items), fields))
+        return fence(
+            self.broker.call(_PLAN, leader_epoch, self.run, step.step, cursor, list(step.items), fields)
+        )
 
     def step(self, step: int) -> PlannedStep:
         """A planned step as it was made durable."""

@@ -267,7 +267,9 @@ class Versions:
         """Operations that haven't ended."""
         ids: Any = self.broker.again(lambda: self.broker.client.smembers(self.broker.keys.operations))
         names = sorted(ids)
-        return dict(zip(names, self.broker.hashes(self.broker.keys.operation(name) for name in names), strict=True))
+        return dict(
+            zip(names, self.broker.hashes(self.broker.keys.operation(name) for name in names), strict=True)
+        )
 
     def advance(
         self, operation: str, before: str, after: str, fields: Mapping[str, object] | None = None
@@ -285,7 +287,9 @@ class Versions:
         """A stage's files are durable in the operation's directory."""
         self.broker.call(_SHARD_WRITTEN, operation, stage, directory, dict(report))
 
-    def choose_writers(self, operation: str, before: str, writers: Sequence[int], epochs: Sequence[int]) -> None:
+    def choose_writers(
+        self, operation: str, before: str, writers: Sequence[int], epochs: Sequence[int]
+    ) -> None:
         """(Re)start a snapshot with these nodes as its stages' writers; what others wrote is forgotten."""
         self.broker.call(_CHOOSE_WRITERS, operation, before, list(writers), list(epochs))
 

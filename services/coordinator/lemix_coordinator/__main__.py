@@ -9,10 +9,10 @@ import uuid
 from pathlib import Path
 
 import structlog
+
 from lemix_common.broker import connect
 from lemix_common.logs import configure_logs
 from lemix_common.store.cluster import Cluster
-
 from lemix_coordinator.coordinator import Coordinator
 from lemix_coordinator.operations.app import CeleryTransitions, make_app
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import assert_never
 
 import structlog
+
 from lemix_common.broker import Broker, Entry
 from lemix_common.errors import Fenced
 from lemix_common.settings import ClusterSettings
@@ -21,7 +22,6 @@ from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import STAGE_0, Items, fence
 from lemix_common.store.training import Training
 from lemix_common.store.versions import Versions
-
 from lemix_coordinator.commands import (
     AdvanceOperation,
     ChooseWriters,
@@ -98,11 +98,14 @@ class Coordinator:
                 self._dispatch(pending=True)
             try:
                 self.tick()
+                news = self.broker.read(seen, block_s=TICK_S)
+                if any(entry.stream == keys.submissions for entry in news):
+                    self._dispatch(pending=False)  # before the next tick reads the cluster: somebody waits
             except Fenced:
                 log.warning("lost_the_lead", epoch=self.epoch)
                 self.epoch = 0
                 continue
-            for entry in self.broker.read(seen, block_s=TICK_S):
+            for entry in news:
                 seen[entry.stream] = entry.id
                 self._notice(entry)
         self.cluster.resign(self.name)
@@ -183,7 +186,7 @@ class Coordinator:
         now = self.broker.clock.now()
         last, at = self._enqueued.get(operation, ("", 0.0))
         if last != progress or now - at > ENQUEUE_AGAIN_S:
-            self._enqueued = {name: when for name, when in self._enqueued.items() if now - when[1] < 60}  # noqa: PLR2004
+            self._enqueued = {name: when for name, when in self._enqueued.items() if now - when[1] < 60}
             self._enqueued[operation] = (progress, now)
             self.transitions.advance(operation)
 
@@ -211,7 +214,8 @@ class Coordinator:
             self.training.drop_examples(self.epoch, gone)
             return True
         queued = [
-            QueuedExample(entry.id, entry.fields["item"], int(entry.fields["reference_tokens"])) for entry in entries
+            QueuedExample(entry.id, entry.fields["item"], int(entry.fields["reference_tokens"]))
+            for entry in entries
         ]
         planned = plan_next_step(queued, self.settings, run=MAIN_RUN, step=step, flush_until=flush_until)
         if planned is None:
@@ -266,7 +270,11 @@ class Coordinator:
             movable = held | (set() if node.is_ready or not self._ready() else entries.keys())
             calls = [
                 self.items.redispatch(
-                    self.epoch, node.node, entries[entry], target=self._next_node(), reason="its stages were lost"
+                    self.epoch,
+                    node.node,
+                    entries[entry],
+                    target=self._next_node(),
+                    reason="its stages were lost",
                 )
                 for entry in sorted(movable & entries.keys())
             ]
@@ -288,7 +296,7 @@ class Coordinator:
                         stream, STAGE_0, "-", "+", 10_000, consumername=name
                     )
                 )
-                yield from (held["message_id"] for held in pending)
+                yield from (str(held["message_id"]) for held in pending)
             else:
                 self.broker.again(
                     lambda name=consumer["name"]: client.xgroup_delconsumer(stream, STAGE_0, name)  # type: ignore[misc]

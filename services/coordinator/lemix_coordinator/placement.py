@@ -21,10 +21,14 @@ def place(view: ClusterView) -> Iterator[ForgetWorker | PlaceNode]:
         for node in view.nodes
         for index, stage in enumerate(node.stages)
     }
-    load = Counter({worker: 0 for worker in sorted(alive)})
+    load = Counter(dict.fromkeys(sorted(alive), 0))
     load.update(worker for worker in hosts.values() if worker)
     patience_s = view.settings.takeover_after_s
-    if not any(hosts.values()) and len(alive) < view.settings.num_workers and view.waited_for_workers_s < patience_s:
+    if (
+        not any(hosts.values())
+        and len(alive) < view.settings.num_workers
+        and view.waited_for_workers_s < patience_s
+    ):
         alive_enough = False  # a cluster that starts waits for all its workers before it spreads the stages
     else:
         alive_enough = bool(alive)

@@ -38,7 +38,7 @@ def place_item(settings: ClusterSettings, ready: Sequence[int], sequence: int) -
     if not able:
         return None
     if settings.policy == "random":
-        return random.Random(f"{settings.seed}:{sequence}").choice(able)  # noqa: S311 - not for secrets
+        return random.Random(f"{settings.seed}:{sequence}").choice(able)
     return able[sequence % len(able)]
 
 
@@ -46,6 +46,6 @@ def share_step(settings: ClusterSettings, members: Sequence[int], step: int) -> 
     """The member that computes each virtual shard of a step; every shard goes to one node, whoever is a member."""
     shards = settings.virtual_shards
     if settings.policy == "random":
-        draw = random.Random(f"{settings.seed}:step:{step}")  # noqa: S311 - not for secrets
+        draw = random.Random(f"{settings.seed}:step:{step}")
         return tuple(draw.choice(members) for _ in range(shards))
     return tuple(sorted(islice(cycle(members), shards)))

@@ -10,7 +10,6 @@ from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.training import run_state
 from lemix_common.store.versions import Versions
-
 from lemix_coordinator.view import ClusterView, NodeView, OperationView, StageView, WorkerView
 
 
@@ -71,7 +70,10 @@ class Reader:
 
     def _note_empty(self, nodes: tuple[NodeView, ...], now: float) -> None:
         empty = {
-            (node.node, index) for node in nodes for index, stage in enumerate(node.stages) if not stage.worker
+            (node.node, index)
+            for node in nodes
+            for index, stage in enumerate(node.stages)
+            if not stage.worker
         }
         self._empty_since = {position: self._empty_since.get(position, now) for position in empty}
 

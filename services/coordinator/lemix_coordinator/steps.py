@@ -33,7 +33,11 @@ def plan_next_step(
     A step has ``step_examples`` examples; a smaller one is planned only of examples up to an explicit flush.
     """
     size = settings.step_examples
-    flushed = [example for example in queued if flush_until and entry_order(example.entry) <= entry_order(flush_until)]
+    flushed = [
+        example
+        for example in queued
+        if flush_until and entry_order(example.entry) <= entry_order(flush_until)
+    ]
     chosen = flushed[:size] or (list(queued[:size]) if len(queued) >= size else [])
     if not chosen:
         return None

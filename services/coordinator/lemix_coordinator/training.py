@@ -32,7 +32,9 @@ def train(view: ClusterView) -> Iterator[StartStep | LoadTraining | OpenSnapshot
         lacking = [node for node in able if node.training_step != run.committed]
         if run.checkpoint == run.committed:
             reason = "these nodes lack the committed state"
-            yield LoadTraining(run.committed, run.checkpoint_directory, _indices(lacking), _epochs(lacking), reason)
+            yield LoadTraining(
+                run.committed, run.checkpoint_directory, _indices(lacking), _epochs(lacking), reason
+            )
         elif view.operation_of("checkpoint") is None:
             yield OpenSnapshot("checkpoint", *writers, "a node needs the training state")
     elif len(levels) == 1 and (level := levels.pop()) is not None and run.checkpoint <= level < run.committed:

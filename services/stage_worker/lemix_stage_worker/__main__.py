@@ -15,17 +15,18 @@ from pathlib import Path
 
 import structlog
 import torch
+
 from lemix_common.broker import connect
 from lemix_common.clock import SystemClock
-from lemix_common.errors import LemixError
+from lemix_common.errors import BadInput, LemixError
 from lemix_common.ids import WorkerId
 from lemix_common.logs import configure_logs
 from lemix_common.store.cluster import Cluster
 from lemix_common.transports import Identity, open_transport
-
 from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
+from lemix_stage_worker.memory import keep_freed_memory
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.self_check import check_family
 from lemix_stage_worker.model.source import open_model
@@ -35,6 +36,8 @@ from lemix_stage_worker.worker import Worker
 log = structlog.get_logger()
 TESTED_FAMILIES = frozenset({"llama", "gpt2"})
 """Their cuts are compared with the whole model by the test suite; others prove themselves at each start."""
+LONGEST_SOCKET_PATH = 90
+"""Bytes, with room for the suffix; the system's own limit is 107."""
 
 
 def main() -> None:
@@ -47,23 +50,37 @@ def main() -> None:
     name = WorkerId(f"{options.slot}-{uuid.uuid4().hex[:6]}")
     configure_logs(name, level=environment.get("LEMIX_LOG_LEVEL", "info"))
     torch.set_num_threads(1)
+    keep_freed_memory()
     url, cluster_name = environment["LEMIX_URL"], environment.get("LEMIX_CLUSTER", "lemix")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        run(name, options.slot, options.listen or f"unix:{socket_path(options.slot, name)}", url, cluster_name, stop)
+        run(
+            name,
+            options.slot,
+            options.listen or f"unix:{socket_path(options.slot, name)}",
+            url,
+            cluster_name,
+            stop,
+        )
     except LemixError as error:
-        log.error("worker_ended", reason=str(error))  # noqa: TRY400 - the sentence is the message
-        sys.exit(1)
+        log.error("worker_ended", reason=str(error))
+        sys.exit(2 if isinstance(error, BadInput) else 1)
     log.info("stopped")
 
 
 def socket_path(slot: str, name: str) -> Path:
-    """A socket's path, short enough for the system; what a killed process of the same slot left is removed."""
-    data_dir = str(Path(os.environ.get("LEMIX_DATA_DIR", ".lemix")).absolute())
-    folder = Path(tempfile.gettempdir()) / f"lemix-{hashlib.sha256(data_dir.encode()).hexdigest()[:12]}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    """Where this process listens: in the data directory, or beside the system's other sockets if that is too long.
+
+    What a killed process of the same slot left is removed.
+    """
+    data_dir = Path(os.environ.get("LEMIX_DATA_DIR", ".lemix")).absolute()
+    folder = data_dir / "sockets"
+    if len(str(folder / name)) > LONGEST_SOCKET_PATH:
+        digest = hashlib.sha256(str(data_dir).encode()).hexdigest()[:12]
+        folder = Path(tempfile.gettempdir()) / f"lemix-{digest}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for left in folder.glob(f"{slot}-??????.sock"):
         left.unlink(missing_ok=True)
     return folder / f"{name}.sock"

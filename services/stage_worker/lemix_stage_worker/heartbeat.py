@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
+
 from lemix_common.errors import BrokerUnreachable
 from lemix_common.store.cluster import Cluster
-
 from lemix_stage_worker.worker import Worker
 
 log = structlog.get_logger()
@@ -48,7 +48,7 @@ class Heartbeat:
                     log.warning("registered_again", worker=self.worker.name)
                     self.register()
             except BrokerUnreachable as error:
-                log.error("no_heartbeat", reason=str(error))  # noqa: TRY400
+                log.error("no_heartbeat", reason=str(error))
 
     def _watch(self) -> None:
         since = self.worker.busy_since

@@ -6,9 +6,10 @@ import queue
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lemix_common.messages import Frame, Notice
 from lemix_common.store.items import StartedItem
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 import torch
+from torch import Tensor
+
 from lemix_common.messages import (
     AddShardGradients,
     AddTiedGradient,
@@ -24,8 +26,6 @@ from lemix_common.messages import (
     WriteShards,
 )
 from lemix_common.store.training import PlannedStep
-from torch import Tensor
-
 from lemix_stage_worker.gradients import ShardSum
 from lemix_stage_worker.hosted_stage import HostedStage
 from lemix_stage_worker.model.scoring import NO_TARGET, loss_sum
@@ -215,7 +215,7 @@ class Learner:
     ) -> None:
         match frame:
             case TrainForward():
-                self._schedule_forward(attempt, frame.microbatch, tensors[0], tensors[1], release, at)
+                self._schedule_forward(attempt, frame.microbatch, tensors[0], tensors[1], at)
             case TrainBackward():
                 self._schedule_backward(attempt, frame.microbatch, tensors[0], release, at)
             case AddShardGradients():
@@ -257,21 +257,16 @@ class Learner:
         ids_BT = torch.tensor([[*prompt, *reference]])
         targets_BT = torch.tensor([[*[NO_TARGET] * (len(prompt) - 1), *reference, NO_TARGET]])
         attempt.in_flight[microbatch] = InFlight(ids_BT, ids_BT)  # its place among those in flight
-        self._schedule_forward(attempt, microbatch, ids_BT, targets_BT, _nothing, self.now())
+        self._schedule_forward(attempt, microbatch, ids_BT, targets_BT, self.now())
 
     def _schedule_forward(
-        self,
-        attempt: Attempt,
-        microbatch: int,
-        source: Tensor,
-        targets_BT: Tensor,
-        release: Callable[[], None],
-        at: float,
+        self, attempt: Attempt, microbatch: int, source: Tensor, targets_BT: Tensor, at: float
     ) -> None:
+        """The graph keeps hidden states until the backward, so their buffer is given up, not given back."""
+
         def run() -> None:
             if self.attempt is attempt:
                 self._forward(attempt, microbatch, source, targets_BT)
-            # the graph keeps hidden states until the backward: their buffer is given up, not given back
 
         self._schedule(Urgency.FORWARD, self._name(attempt, microbatch), run, at)
 
@@ -398,7 +393,7 @@ class Learner:
                 parameter.grad = None
 
     # ---- small parts
-    def _about(self, attempt: Attempt, stage: int) -> dict[str, object]:
+    def _about(self, attempt: Attempt, stage: int) -> dict[str, Any]:
         notice = attempt.notice
         return {
             "node": self.host.node,

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
+from torch import Tensor
+
 from lemix_common.clock import Clock
 from lemix_common.errors import BadFrame, PeerError, PeerLost
 from lemix_common.messages import Frame
 from lemix_common.transports import Channel, Listener, Transport
-from torch import Tensor
-
 from lemix_stage_worker.inbox import FrameArrived, Inbox, PeerGone
 from lemix_stage_worker.tensors import to_buffer, to_tensor
 

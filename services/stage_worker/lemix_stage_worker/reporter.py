@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import structlog
+
 from lemix_common.broker import Broker, Lua
 from lemix_common.errors import BrokerUnreachable
 from lemix_common.store.items import Call
@@ -95,7 +96,7 @@ class Reporter:
                         then(answer)
                 self._flush_spans(at_once=not is_open)
             except BrokerUnreachable as error:
-                log.error("reports_lost", reason=str(error), calls=len(batch))  # noqa: TRY400 - no traceback needed
+                log.error("reports_lost", reason=str(error), calls=len(batch))
 
     def _next_batch(self) -> tuple[list[tuple[Call, Callable[[Any], None] | None]], bool]:
         batch: list[tuple[Call, Callable[[Any], None] | None]] = []

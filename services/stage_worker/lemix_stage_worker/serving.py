@@ -12,17 +12,20 @@ from typing import Protocol
 
 import structlog
 import torch
+from torch import Tensor
+
 from lemix_common.messages import ForwardFailed, Frame, ReleaseItem, RunForward, ScoresComputed, TokenChosen
 from lemix_common.sampling import Sampling
 from lemix_common.store.items import Call, Items, StartedItem
-from torch import Tensor
-
 from lemix_stage_worker.hosted_stage import CacheKey, HostedStage
 from lemix_stage_worker.model.sampling import choose_token
 from lemix_stage_worker.model.scoring import NO_TARGET, token_logprobs
 from lemix_stage_worker.ready_queue import Task, Urgency
 
 log = structlog.get_logger()
+
+LONGEST_REASON = 500
+"""Characters of an error that travel and are kept."""
 
 
 class Surroundings(Protocol):
@@ -205,7 +208,7 @@ class Serving:
             release()
 
         def failed(error: Exception) -> None:
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
             if host.is_first:
                 self.fail(host, frame.item, frame.attempt, reason)
             else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def write_shard(directory: Path, stage: int, tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """Write ``weights-S.safetensors`` and, if there are any, ``optimizer-S.safetensors``, synced; tells what it wrote."""
+    """Write ``weights-S.safetensors`` and, if need be, ``optimizer-S.safetensors``, synced; tells what it wrote."""
     directory.mkdir(parents=True, exist_ok=True)
     parts = {
         f"weights-{stage:03d}.safetensors": {

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from lemix_common.wire import TensorBuffer
 from torch import Tensor
+
+from lemix_common.wire import TensorBuffer
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -16,8 +17,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 def to_buffer(tensor: Tensor) -> TensorBuffer:
     """A view of the tensor's bytes (of a contiguous CPU copy, where it isn't one)."""
     tensor = tensor.detach().to("cpu").contiguous()
-    raw = tensor.reshape(-1).view(torch.uint8).numpy()
-    return TensorBuffer(_NAMES[tensor.dtype], tuple(tensor.shape), memoryview(raw))
+    raw = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return TensorBuffer(_NAMES[tensor.dtype], tuple(tensor.shape), raw)
 
 
 def to_tensor(buffer: TensorBuffer) -> Tensor:

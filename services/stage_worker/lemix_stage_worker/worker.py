@@ -1,5 +1,7 @@
 """The stage worker: one compute loop that owns all state, fed by threads through one inbox.
 
+::
+
     control stream ─┐                                   ┌─▶ frames to neighbours
     items pulled ───┼─▶ inbox ─▶ handle ─▶ ready queue ─┤
     frames in ──────┤            (cheap)   (most urgent ├─▶ reports to the broker (a thread)
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import structlog
+from torch import Tensor
+
 from lemix_common.broker import Broker
 from lemix_common.errors import BadFrame, ClusterError, LemixError, ModelError
 from lemix_common.fields import from_fields
@@ -46,8 +50,6 @@ from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import Call, Items, StartedItem
 from lemix_common.store.training import Training
 from lemix_common.store.versions import Versions
-from torch import Tensor
-
 from lemix_stage_worker.hosted_stage import (
     BASE_DIRECTORY,
     HostedStage,
@@ -313,7 +315,9 @@ class Worker:
             template = build_template(self.source, stage, self.layers)
             live = self.versions.live()
             served = {
-                version: load_version(self.source, template, self.versions.version(version).get("directory", ""))
+                version: load_version(
+                    self.source, template, self.versions.version(version).get("directory", "")
+                )
                 for version in {live[name] for name in ("served", "draining", "preparing") if live.get(name)}
             }
             run = self.training.state()
@@ -344,7 +348,9 @@ class Worker:
 
         def failed(error: Exception) -> None:
             if isinstance(error, ModelError) and self.versions.live().get("served") != "0.0":
-                self._build(node, stage, epoch)  # a version was retired while it was read: read what is live now
+                self._build(
+                    node, stage, epoch
+                )  # a version was retired while it was read: read what is live now
                 return
             self.cluster.stage_failed(node, stage, epoch, str(error))
             self._failure = error

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 
 import structlog
+
 from lemix_common.broker import connect
 from lemix_common.logs import configure_logs
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.training import Training
 from lemix_common.store.versions import Versions
-
 from lemix_coordinator.operations.app import ADVANCE, REMOVE, TRANSITION_S, make_app
 from lemix_coordinator.operations.transitions import advance, prune_checkpoints, remove
 
@@ -34,9 +34,11 @@ def main() -> None:
         try:
             advance(versions, operation)
         except OSError as error:  # a full disk or a file that went away: the reconciler asks again
-            log.error("transition_failed", operation=operation, reason=str(error))  # noqa: TRY400
+            log.error("transition_failed", operation=operation, reason=str(error))
         prune_checkpoints(
-            data_dir / "checkpoints", keep=settings.keep_checkpoints, needed=training.state().checkpoint_directory
+            data_dir / "checkpoints",
+            keep=settings.keep_checkpoints,
+            needed=training.state().checkpoint_directory,
         )
 
     @app.task(name=REMOVE)
@@ -45,7 +47,14 @@ def main() -> None:
         log.info("version_removed", version=version)
 
     app.worker_main(
-        ["worker", "--pool=solo", "--loglevel=WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+        [
+            "worker",
+            "--pool=solo",
+            "--loglevel=WARNING",
+            "--without-gossip",
+            "--without-mingle",
+            "--without-heartbeat",
+        ]
     )
 
 

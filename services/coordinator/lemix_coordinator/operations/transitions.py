@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import structlog
+
 from lemix_common.store.versions import Versions
 from lemix_common.tensorfiles import sha256_of_file, weights_sha256
 

@@ -1,0 +1,165 @@
+"""What one message from one process to another costs: LeMix's ways beside the bare ones they are built on.
+
+==========  =====================================  ==============================================================
+case        `lemix`                                beside
+==========  =====================================  ==============================================================
+unix_…      a frame over a worker's channel        `raw_unix`: length and bytes; `memcpy` (4 MB): a copy, no more
+stream_1kb  a work item: added in a Lua call,      `raw_stream`: redis-py's XADD, XREADGROUP, XACK and XDEL on the
+            pulled by its group, acknowledged      same server, which keeps every write on disk before it answers
+shm_…       not built yet                          –
+==========  =====================================  ==============================================================
+
+From the moment before sending to the moment the other process has it (see `receivers`).
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final
+
+import redis
+from lemix_common.broker import Lua, connect
+from lemix_common.ids import WorkerId
+from lemix_common.messages import RunForward
+from lemix_common.server import start_broker
+from lemix_common.transports import Identity, open_transport
+from lemix_common.wire import TensorBuffer
+
+from lemix_benchmarks.receivers import (
+    NODE,
+    RAW_STREAM,
+    SECRET,
+    receive_bytes,
+    receive_frames,
+    receive_raw_work,
+    receive_work,
+    receiver,
+)
+from lemix_benchmarks.report import Findings, Plan, Row, Skipped, Subject, Target, measure, ratio
+
+STREAM: Final = "stream_1kb"
+STREAM_BYTES: Final = 2**10
+SIZES: Final = {"unix_1kb": 2**10, "unix_4mb": 2**22}
+MEMCPY_BYTES: Final = 2**20
+"""Copying less takes no longer than reading the clock."""
+REPETITIONS: Final = {STREAM: 40, "unix_1kb": 200, "unix_4mb": 20}
+STREAM_LIMIT: Final = 1.5
+SKIPPED: Final = tuple(
+    Skipped(
+        case, "lemix", "the shared-memory transport is not built yet: neighbours on a host use Unix sockets"
+    )
+    for case in ("shm_1kb", "shm_4mb")
+)
+FRAME: Final = RunForward(
+    node=0, stage=1, epoch=1, item="0123456789abcdef", attempt=1, version="0.0", position=0, wants="scores"
+)
+
+_ADD = Lua("hop", "return redis.call('XADD', K.work(ARGV[1]), '*', 'item', ARGV[2], 'attempt', 1)")
+
+
+def run(plan: Plan) -> Findings:
+    """Measure every case, its subjects in turn."""
+    rounds = 7 if plan.quick else 15
+    rows: list[Row] = []
+    for case, num_bytes in SIZES.items():
+        payload = bytearray(random.Random(plan.seed).randbytes(num_bytes))
+        with _unix_subjects(case, payload, _repetitions(case, plan)) as subjects:
+            rows += measure(subjects, rounds=rounds)
+    with _stream_subjects(plan.seed, _repetitions(STREAM, plan)) as subjects:
+        rows += measure(subjects, rounds=rounds)
+    over = ratio(rows, STREAM, "lemix", "raw_stream")
+    pairs = (("unix_1kb", "raw_unix"), ("unix_4mb", "raw_unix"), ("unix_4mb", "memcpy"))
+    ratios = {f"{case}_over_{peer}": ratio(rows, case, "lemix", peer) for case, peer in pairs}
+    return Findings(
+        rounds=rounds,
+        threads=1,
+        model=None,
+        rows=tuple(rows),
+        ratios={"stream_over_raw_stream": over} | ratios,
+        targets=(Target("stream_over_raw_stream", over, "<=", STREAM_LIMIT),),
+        skipped=SKIPPED,
+        further={"repetitions": {case: _repetitions(case, plan) for case in REPETITIONS}},
+    )
+
+
+def _repetitions(case: str, plan: Plan) -> int:
+    return max(5, REPETITIONS[case] // 4) if plan.quick else REPETITIONS[case]
+
+
+@contextmanager
+def _unix_subjects(case: str, payload: bytearray, repetitions: int) -> Iterator[list[Subject]]:
+    with tempfile.TemporaryDirectory(prefix="lemix-hop-") as directory, ExitStack() as stack:
+        framed = stack.enter_context(_channel(f"unix:{directory}/frames", payload))
+        raw = stack.enter_context(_raw_socket(f"{directory}/bytes", payload))
+        copied = bytearray(len(payload))
+
+        def copy() -> float:
+            began = time.monotonic()
+            copied[:] = payload
+            return time.monotonic() - began
+
+        yield [
+            Subject(case, "lemix", framed, repetitions),
+            Subject(case, "raw_unix", raw, repetitions),
+            *([Subject(case, "memcpy", copy, repetitions)] if len(payload) >= MEMCPY_BYTES else []),
+        ]
+
+
+@contextmanager
+def _stream_subjects(seed: int, repetitions: int) -> Iterator[list[Subject]]:
+    payload = random.Random(seed).randbytes(STREAM_BYTES // 2).hex()
+    with tempfile.TemporaryDirectory(prefix="lemix-hop-") as directory, ExitStack() as stack:
+        server = start_broker(Path(directory))
+        stack.callback(server.stop)
+        work = stack.enter_context(_work(server.url, payload))
+        raw = stack.enter_context(_raw_work(server.url, payload))
+        yield [
+            Subject(STREAM, "lemix", work, repetitions),
+            Subject(STREAM, "raw_stream", raw, repetitions),
+        ]
+
+
+@contextmanager
+def _channel(address: str, payload: bytearray) -> Iterator[Callable[[], float]]:
+    tensor = TensorBuffer("uint8", (len(payload),), memoryview(payload))
+    with receiver(receive_frames, address) as next_arrival:
+        channel = open_transport(Identity(WorkerId("sender"), SECRET)).connect(address)
+        try:
+            yield lambda: _seconds_until(next_arrival, lambda: channel.send(FRAME, [tensor]))
+        finally:
+            channel.close()
+
+
+@contextmanager
+def _raw_socket(path: str, payload: bytearray) -> Iterator[Callable[[], float]]:
+    pieces = [len(payload).to_bytes(8, "little"), memoryview(payload)]
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with receiver(receive_bytes, path) as next_arrival, connection:
+        connection.connect(path)
+        yield lambda: _seconds_until(next_arrival, lambda: connection.sendmsg(pieces))
+
+
+@contextmanager
+def _work(url: str, payload: str) -> Iterator[Callable[[], float]]:
+    broker = connect(url)
+    with receiver(receive_work, url) as next_arrival, broker.client:
+        yield lambda: _seconds_until(next_arrival, lambda: broker.call(_ADD, NODE, payload))
+
+
+@contextmanager
+def _raw_work(url: str, payload: str) -> Iterator[Callable[[], float]]:
+    with receiver(receive_raw_work, url) as next_arrival, redis.Redis.from_url(url) as client:
+        fields = {"item": payload, "attempt": 1}
+        yield lambda: _seconds_until(next_arrival, lambda: client.xadd(RAW_STREAM, fields))
+
+
+def _seconds_until(end: Callable[[], float], act: Callable[[], object]) -> float:
+    began = time.monotonic()
+    act()
+    return end() - began
