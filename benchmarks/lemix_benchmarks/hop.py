@@ -24,12 +24,6 @@ from pathlib import Path
 from typing import Final
 
 import redis
-from lemix_common.broker import Lua, connect
-from lemix_common.ids import WorkerId
-from lemix_common.messages import RunForward
-from lemix_common.server import start_broker
-from lemix_common.transports import Identity, open_transport
-from lemix_common.wire import TensorBuffer
 
 from lemix_benchmarks.receivers import (
     NODE,
@@ -42,6 +36,12 @@ from lemix_benchmarks.receivers import (
     receiver,
 )
 from lemix_benchmarks.report import Findings, Plan, Row, Skipped, Subject, Target, measure, ratio
+from lemix_common.broker import Lua, connect
+from lemix_common.ids import WorkerId
+from lemix_common.messages import RunForward
+from lemix_common.server import start_broker
+from lemix_common.transports import Identity, open_transport
+from lemix_common.wire import TensorBuffer
 
 STREAM: Final = "stream_1kb"
 STREAM_BYTES: Final = 2**10
@@ -138,9 +138,11 @@ def _channel(address: str, payload: bytearray) -> Iterator[Callable[[], float]]:
 
 @contextmanager
 def _raw_socket(path: str, payload: bytearray) -> Iterator[Callable[[], float]]:
-    pieces = [len(payload).to_bytes(8, "little"), memoryview(payload)]
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with receiver(receive_bytes, path) as next_arrival, connection:
+    pieces = [memoryview(len(payload).to_bytes(8, "little")), memoryview(payload)]
+    with (
+        receiver(receive_bytes, path) as next_arrival,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection,
+    ):
         connection.connect(path)
         yield lambda: _seconds_until(next_arrival, lambda: connection.sendmsg(pieces))
 

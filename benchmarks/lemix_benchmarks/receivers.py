@@ -11,10 +11,10 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
 from typing import Any, Final, Protocol
 
 import redis
+
 from lemix_common.broker import connect
 from lemix_common.errors import ClusterError, PeerLost
 from lemix_common.ids import WorkerId

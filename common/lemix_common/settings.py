@@ -93,6 +93,24 @@ class ClusterSettings:
         """Worker processes to start."""
         return self.workers or self.nodes * self.stages
 
+    @property
+    def training_nodes(self) -> tuple[int, ...]:
+        """The nodes that train: all, but with `separate` the last ones, as many as its share rounds to (at least one).
+
+        The split and its rounding to even are the paper prototype's (the first nodes serve).
+        """
+        if self.policy != "separate":
+            return tuple(range(self.nodes))
+        training = max(1, round(self.nodes * self.training_share))
+        return tuple(range(max(1, self.nodes - training), self.nodes))
+
+    @property
+    def serving_nodes(self) -> tuple[int, ...]:
+        """The nodes that serve: all, but with `separate` those that don't train."""
+        if self.policy != "separate":
+            return tuple(range(self.nodes))
+        return tuple(node for node in range(self.nodes) if node not in self.training_nodes)
+
     def to_fields(self) -> dict[str, str]:
         """As the readable fields of a Redis hash."""
         return {name: str(value) for name, value in asdict(self).items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lemix_coordinator.commands import ForgetSteps, LoadTraining, OpenSnapshot, StartStep
-from lemix_coordinator.policies import training_nodes
 from lemix_coordinator.view import ClusterView, NodeView
 
 
@@ -19,7 +18,7 @@ def train(view: ClusterView) -> Iterator[StartStep | LoadTraining | OpenSnapshot
     run = view.run
     if run.in_flight and _attempt_lives(view):
         return
-    wanted = set(training_nodes(view.settings))
+    wanted = set(view.settings.training_nodes)
     able = [node for node in view.nodes if node.is_ready and node.node in wanted]
     if not able or _loading(view):
         return

@@ -322,7 +322,7 @@ class Worker:
             }
             run = self.training.state()
             training = None
-            if run.committed == 0:
+            if run.committed == 0 and node in self.settings.training_nodes:
                 base = served.get(f"{run.lineage}.0") or load_version(self.source, template, BASE_DIRECTORY)
                 training = training_on(base, template, 0)
             return HostedStage(

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import structlog
+import typer
+from typer.testing import CliRunner, Result
+
+from lemix_benchmarks import cli
+from lemix_benchmarks.report import Findings, Plan, Row, Target
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command sets up logging for its own process."""
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def slow_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench that misses its target."""
+
+    def found(_name: str, _plan: Plan) -> Findings:
+        return Findings(
+            rounds=1,
+            threads=1,
+            model=None,
+            rows=(Row("c", "lemix", (2e-3,)), Row("c", "peer", (1e-6,))),
+            ratios={"over": 2.0},
+            targets=(Target("over", 2.0, "<=", 1.1),),
+        )
+
+    monkeypatch.setattr(cli, "run_bench", found)
+
+
+def bench(*arguments: str) -> Result:
+    app = typer.Typer()
+    cli.register(app)
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize("name", cli.NOT_BUILT)
+def test_a_bench_that_is_not_built_is_refused_by_name(name: str) -> None:
+    """One sentence that says which there are, and the status of bad input."""
+    result = bench(name)
+    assert result.exit_code == 2
+    assert result.stderr == f"lemix: the bench '{name}' is not built yet; there are hop, prefill\n"
+
+
+def test_an_unknown_bench_is_refused() -> None:
+    """It isn't a promise either."""
+    result = bench("speed")
+    assert result.exit_code == 2
+    assert "no bench is called 'speed'" in result.stderr
+
+
+@pytest.mark.usefixtures("slow_peer")
+def test_only_check_makes_a_missed_target_an_error() -> None:
+    """Without it, a bench that ran has succeeded."""
+    assert bench("hop").exit_code == 0
+    result = bench("hop", "--check", "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["targets"][0]["met"] is False
+
+
+@pytest.mark.usefixtures("slow_peer")
+def test_a_reader_gets_tables() -> None:
+    """Times in readable units, and whether each limit was kept."""
+    shown = bench("hop").stdout
+    assert all(text in shown for text in ("2.00 ms", "1.0 µs", "<= 1.1", "no"))
