@@ -19,9 +19,10 @@ import torch
 from lemix import Client
 from lemix.connection import connection_over
 from lemix.model_folder import open_model_folder
-from lemix_common.broker import Broker
+from lemix_common.broker import Broker, connect
 from lemix_common.clock import SystemClock, wait_until
 from lemix_common.ids import WorkerId
+from lemix_common.server import RunningBroker
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.training import Training
@@ -37,7 +38,7 @@ from lemix_stage_worker.model.source import open_model
 from lemix_stage_worker.model.weights import open_weights
 from lemix_stage_worker.reporter import Reporter
 from lemix_stage_worker.worker import Worker
-from mortality import Killed, KillPoint, MortalBroker, mortal
+from mortality import Killed, KillPoint, MortalBroker, mortal, silent_deaths
 
 COORDINATOR = "coordinator"
 """Whom a kill point is for, if not a worker's slot."""
@@ -69,6 +70,10 @@ class MortalWorker(Worker):
         if self.broker.dead.is_set():
             raise Killed
         super().turn(wait_s=wait_s)
+
+    def _give_up(self, error: BaseException) -> None:
+        if not isinstance(error, Killed):
+            super()._give_up(error)
 
 
 @dataclass
@@ -186,6 +191,16 @@ class InProcessCluster:
             died.append(COORDINATOR)
         return died
 
+    def end(self) -> None:
+        """Stop everything, all at once."""
+        everyone = (*self.workers.values(), *self.coordinators)
+        for hosted in everyone:
+            hosted.stop.set()
+        for hosted in everyone:
+            hosted.abandon() if hosted.broker.dead.is_set() else hosted.end()
+        for hosted in (*everyone, *self.ended):
+            hosted.broker.client.connection_pool.disconnect()
+
     def _bury(self, hosted: Hosted) -> None:
         hosted.abandon()
         self.ended.append(hosted)
@@ -196,6 +211,16 @@ class InProcessCluster:
         return all(
             node.get("epoch") and node.get(f"ready:{stage}") == node["epoch"]
             for node in nodes
+            for stage in range(self.settings.stages)
+        )
+
+    def is_trained(self) -> bool:
+        """Whether every training node's stages are at the committed step."""
+        step = str(committed(self.broker))
+        nodes = Cluster(self.broker).nodes(self.settings.nodes)
+        return all(
+            nodes[node].get(f"training:{stage}") == step
+            for node in self.settings.training_nodes
             for stage in range(self.settings.stages)
         )
 
@@ -238,6 +263,16 @@ class InProcessCluster:
 
 
 @contextmanager
+def fresh_broker(server: RunningBroker) -> Iterator[Broker]:
+    """A connection to a cluster's keys that nobody else has; they are gone on exit."""
+    broker = connect(server.url, f"test-{uuid.uuid4().hex[:8]}", patience_s=20.0)
+    yield broker
+    for key in broker.client.scan_iter(match=f"{broker.keys.prefix}*", count=1000):
+        broker.client.delete(key)
+    broker.client.close()
+
+
+@contextmanager
 def in_process_cluster(
     broker: Broker,
     settings: ClusterSettings,
@@ -254,28 +289,22 @@ def in_process_cluster(
     model = open_model_folder(settings.model, stages=settings.stages)
     Cluster(broker).create(settings, model.fields(), model.tokenizer)
     cluster = InProcessCluster(broker, settings, data_dir)
-    cluster.add_coordinator(points.get(COORDINATOR))
-    try:
-        for index in range(settings.num_workers):
-            cluster.add_worker(f"worker-{index}", points.get(f"worker-{index}"))
-        if not points:
-            wait_until(cluster.is_ready, what="every stage is ready", timeout_s=30.0)
-        with Client(connection=connection_over(broker)) as client:
-            yield cluster, client
-    finally:
-        for hosted in (*cluster.workers.values(), *cluster.coordinators):
-            hosted.stop.set()
-        for hosted in cluster.workers.values():
-            hosted.abandon() if hosted.broker.dead.is_set() else hosted.end()
-        for hosted in cluster.coordinators:
-            hosted.end()
-        wait_until(
-            lambda: not [t for t in set(threading.enumerate()) - threads if t.is_alive()],
-            what=f"the threads have ended, {set(threading.enumerate()) - threads}",
-            timeout_s=10.0,
-        )
-        for hosted in (*cluster.workers.values(), *cluster.coordinators, *cluster.ended):
-            hosted.broker.client.connection_pool.disconnect()
+    with silent_deaths():
+        cluster.add_coordinator(points.get(COORDINATOR))
+        try:
+            for index in range(settings.num_workers):
+                cluster.add_worker(f"worker-{index}", points.get(f"worker-{index}"))
+            if not points:
+                wait_until(cluster.is_ready, what="every stage is ready", timeout_s=30.0)
+            with Client(connection=connection_over(broker)) as client:
+                yield cluster, client
+        finally:
+            cluster.end()
+            wait_until(
+                lambda: not [thread for thread in threading.enumerate() if thread not in threads],
+                what=f"the threads have ended, {set(threading.enumerate()) - threads}",
+                timeout_s=10.0,
+            )
 
 
 def _cut(links: Links) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -19,8 +20,22 @@ from lemix_common.broker import Broker, Entry, Lua
 T = TypeVar("T")
 
 
-class Killed(SystemExit):
-    """Ends a thread without a word."""
+class Killed(BaseException):
+    """Ends a thread without a word (see `silent_deaths`)."""
+
+
+@contextmanager
+def silent_deaths() -> Iterator[None]:
+    """Threads that end by `Killed` are no unhandled exceptions."""
+    hook = threading.excepthook
+
+    def quiet(death: threading.ExceptHookArgs) -> None:
+        if not issubclass(death.exc_type, Killed):
+            hook(death)
+
+    threading.excepthook = quiet
+    yield
+    threading.excepthook = hook
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class ScoresComputed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseItem:
-    """Stage 0 to all later stages: the item has ended on this node; free its cache."""
+    """From stage to stage, behind the item's last step: it has ended on this node; free its cache."""
 
     node: int
     stage: int

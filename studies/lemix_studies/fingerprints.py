@@ -1,4 +1,8 @@
-"""The sha256 of each node's training weights, by an operation of the cluster that writes, hashes and forgets them."""
+"""The sha256 of each node's weights.
+
+Of what it trains, by an operation of the cluster that writes, hashes and forgets it; of what it serves, where it only
+serves.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +35,15 @@ def training_nodes(broker: Broker) -> list[int]:
 
 
 def weights_sha256(broker: Broker, data_dir: Path, nodes: Sequence[int]) -> dict[str, str]:
-    """Hash by node, each after the step committed last; a node that can't say in time is left out."""
-    stages = Cluster(broker).settings().stages
-    hashes = {str(node): _fingerprint(broker, data_dir, node, stages) for node in nodes}
+    """Hash by node: of those that train after the step committed last, of the others of the served version.
+
+    A node that can't say in time is left out.
+    """
+    settings = Cluster(broker).settings()
+    versions = Versions(broker)
+    served = versions.version(versions.live()["served"]).get("sha256")
+    hashes = {str(node): served for node in settings.serving_nodes if node not in settings.training_nodes}
+    hashes |= {str(node): _fingerprint(broker, data_dir, node, settings.stages) for node in nodes}
     return {node: sha256 for node, sha256 in hashes.items() if sha256 is not None}
 
 

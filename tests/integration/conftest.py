@@ -11,17 +11,8 @@ from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
 from lemix import Client
 from lemix.connection import connection_over
 from lemix_common.broker import Broker
-from lemix_common.server import RunningBroker, start_broker
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import Cluster
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:
-    """A real server for the whole session."""
-    running = start_broker(tmp_path_factory.mktemp("broker"))
-    yield running
-    running.stop()
 
 
 @pytest.fixture(params=["memory", "server"])

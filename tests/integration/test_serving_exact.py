@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from clusters import InProcessCluster, in_process_cluster
-from integration.places import on_server
+from clusters import InProcessCluster, fresh_broker, in_process_cluster
 from lemix import Chunk, Client, Future, GenerateItem, Generation
 from lemix.connection import connection_over
 from lemix_common.clock import wait_until
@@ -72,24 +71,19 @@ def served(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Served]:
     """The model on one node of some stages."""
-    place = on_server(server)
     settings = ClusterSettings(model=str(folder), stages=request.param, max_running=2)
-    with in_process_cluster(place.broker, settings, tmp_path_factory.mktemp("data")) as (cluster, client):
-        yield Served(folder.name, whole_model(folder), cluster, client)
-    place.broker.client.flushall()
-    place.broker.client.close()
+    data_dir = tmp_path_factory.mktemp("data")
+    with fresh_broker(server) as broker, in_process_cluster(broker, settings, data_dir) as running:
+        yield Served(folder.name, whole_model(folder), *running)
 
 
 @pytest.fixture
 def small(server: RunningBroker, tmp_path: Path) -> Iterator[Served]:
     """A generated Llama on one node of three stages, where two requests may run at a time."""
-    place = on_server(server)
     folder = _generated("llama", tmp_path / "model")
     settings = ClusterSettings(model=str(folder), stages=3, max_running=2)
-    with in_process_cluster(place.broker, settings, tmp_path / "data") as (cluster, client):
-        yield Served("llama", whole_model(folder), cluster, client)
-    place.broker.client.flushall()
-    place.broker.client.close()
+    with fresh_broker(server) as broker, in_process_cluster(broker, settings, tmp_path / "data") as running:
+        yield Served("llama", whole_model(folder), *running)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -151,12 +145,9 @@ def test_stories_begin_as_they_should(server: RunningBroker, tmp_path: Path) -> 
     folder = REAL_MODELS / "stories260K-hf"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
-    place = on_server(server)
     settings = ClusterSettings(model=str(folder), stages=3)
-    with in_process_cluster(place.broker, settings, tmp_path) as (_, client):
+    with fresh_broker(server) as broker, in_process_cluster(broker, settings, tmp_path) as (_, client):
         answer = client.generate([1], 60, timeout=ANSWER_S)
-    place.broker.client.flushall()
-    place.broker.client.close()
     assert answer.text.startswith("Once upon a time, there was a little girl named Lily.")
 
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from clusters import in_process_cluster
-from integration.places import on_server
+from clusters import fresh_broker, in_process_cluster
 from lemix import Client, TrainItem
 from lemix_common.sampling import Sampling
 from lemix_common.server import RunningBroker
@@ -112,7 +111,6 @@ def train(
     server: RunningBroker, subject: Subject, data_dir: Path, *, serving: bool = False, **settings: int
 ) -> Trained:
     """Train on every example through a cluster; with ``serving`` under a stream of requests."""
-    place = on_server(server)
     chosen = ClusterSettings(
         model=str(subject.folder),
         step_examples=STEP_EXAMPLES,
@@ -121,7 +119,7 @@ def train(
         checkpoint_every=20,
         **settings,  # type: ignore[arg-type]
     )
-    with in_process_cluster(place.broker, chosen, data_dir) as (cluster, client):
+    with fresh_broker(server) as broker, in_process_cluster(broker, chosen, data_dir) as (cluster, client):
         requests = Requests(client)
         if serving:
             requests.start()
@@ -132,8 +130,6 @@ def train(
         num_served = requests.stop() if serving else 0
         weights = cluster.weights(0)
         fingerprints = tuple(cluster.fingerprint(node) for node in range(chosen.nodes))
-    place.broker.client.flushall()
-    place.broker.client.close()
     assert [answer.step for answer in answers] == [1 + i // STEP_EXAMPLES for i in range(len(answers))]
     assert fingerprints[0] == weights_sha256(weights)
     return Trained(fingerprints, weights, num_served)

@@ -79,7 +79,7 @@ class Coordinator:
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
         self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
         now = self.broker.clock.now()
-        self.reader = Reader(self.cluster, self.versions, started_at=now)
+        self.reader = Reader(self.cluster, self.versions)
         self._trust_heartbeats_at = now + self.settings.heartbeat_expiry_s
 
     def run(self, stop: threading.Event) -> None:

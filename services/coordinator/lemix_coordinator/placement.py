@@ -24,17 +24,15 @@ def place(view: ClusterView) -> Iterator[ForgetWorker | PlaceNode]:
     load = Counter(dict.fromkeys(sorted(alive), 0))
     load.update(worker for worker in hosts.values() if worker)
     patience_s = view.settings.takeover_after_s
-    if (
+    # a cluster that starts waits for all its workers before it spreads the stages
+    is_forming = (
         not any(hosts.values())
         and len(alive) < view.settings.num_workers
-        and view.waited_for_workers_s < patience_s
-    ):
-        alive_enough = False  # a cluster that starts waits for all its workers before it spreads the stages
-    else:
-        alive_enough = bool(alive)
+        and max(view.empty_for_s.values(), default=0.0) < patience_s
+    )
     room = -(-len(hosts) // view.settings.num_workers)
     for position in sorted(hosts):
-        if hosts[position] or not alive_enough:
+        if hosts[position] or is_forming or not alive:
             continue
         with_room = [worker for worker in load if load[worker] < room]
         if with_room:

@@ -19,7 +19,6 @@ class Reader:
 
     cluster: Cluster
     versions: Versions
-    started_at: float
     _empty_since: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def view(
@@ -46,13 +45,14 @@ class Reader:
             ]
         )
         nodes = tuple(node_view(index, fields, settings.stages) for index, fields in enumerate(node_fields))
-        self._note_empty(nodes, now)
+        workers = worker_views(self.cluster.workers(), trust_heartbeats=trust_heartbeats)
+        self._note_empty(nodes, workers, now)
         preparing = self.versions.version(live["preparing"]) if live.get("preparing") else {}
         draining = live.get("draining", "")
         return ClusterView(
             settings=settings,
             is_stopping=state.get("state") != "running",
-            workers=worker_views(self.cluster.workers(), trust_heartbeats=trust_heartbeats),
+            workers=workers,
             nodes=nodes,
             run=run_state(MAIN_RUN, run),
             served=live.get("served", ""),
@@ -65,10 +65,13 @@ class Reader:
             ),
             links_lost=links_lost,
             empty_for_s={position: now - since for position, since in self._empty_since.items()},
-            waited_for_workers_s=now - self.started_at,
         )
 
-    def _note_empty(self, nodes: tuple[NodeView, ...], now: float) -> None:
+    def _note_empty(self, nodes: tuple[NodeView, ...], workers: tuple[WorkerView, ...], now: float) -> None:
+        """Positions count as empty from when there is a living worker that could take them."""
+        if all(worker.is_dead for worker in workers):
+            self._empty_since = {}
+            return
         empty = {
             (node.node, index)
             for node in nodes

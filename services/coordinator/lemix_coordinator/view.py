@@ -81,9 +81,7 @@ class ClusterView:
     links_lost: frozenset[tuple[int, int]] = frozenset()
     """(node, epoch) whose messages may be lost."""
     empty_for_s: Mapping[tuple[int, int], float]
-    """(node, stage) to how long it has had no host."""
-    waited_for_workers_s: float = 0.0
-    """How long this coordinator has waited for the workers the settings promise."""
+    """(node, stage) to how long it has had no host, though a worker lives."""
 
     def operation_of(self, kind: str) -> OperationView | None:
         """The operation of a kind that is in progress."""

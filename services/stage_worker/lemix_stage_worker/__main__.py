@@ -26,7 +26,7 @@ from lemix_common.transports import Identity, open_transport
 from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
-from lemix_stage_worker.memory import keep_freed_memory
+from lemix_stage_worker.memory import keep_freed_memory, peak_rss_bytes
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.self_check import check_family
 from lemix_stage_worker.model.source import open_model
@@ -124,7 +124,7 @@ def run(name: WorkerId, slot: str, listen: str, url: str, cluster_name: str, sto
         settings.heartbeat_expiry_s,
     )
     beating = heartbeat.start(stop)
-    log.info("worker_registered", address=address, pid=os.getpid())
+    log.info("worker_registered", address=address, pid=os.getpid(), peak_rss_bytes=peak_rss_bytes())
     worker.run(stop)
     beating.join(timeout=5.0)
 

@@ -67,11 +67,10 @@ class HostedStage:
         owned = self.training is not None and self.training.owns_weights
         return self.template.weight_bytes * (len(self.versions) + owned)
 
-    def cache(self, key: CacheKey, version: str) -> DynamicCache:
-        """The item's cache on this stage, made at its first use."""
-        if key not in self.caches:
+    def open_cache(self, key: CacheKey, version: str) -> None:
+        """Make the item's cache on this stage; a version that isn't resident fails when its step runs."""
+        if version in self.versions:
             self.caches[key] = self.versions[version].new_cache()
-        return self.caches[key]
 
     def drop_caches(self, item: str) -> None:
         """Free what the item holds, whatever the attempt."""

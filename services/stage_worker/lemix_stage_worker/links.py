@@ -43,10 +43,15 @@ class Links:
         return self._listener.address
 
     def send(self, worker: str, address: str, frame: Frame, tensors: Sequence[Tensor] = ()) -> bool:
-        """Send to a stage's host, which may be this worker; False if the message may be lost."""
+        """Send to a stage's host, which may be this worker; False if the message may be lost.
+
+        On return the tensors' memory is the caller's again, wherever they went.
+        """
         if worker == self.worker:
             self.inbox.post(
-                FrameArrived(frame, tuple(t.detach() for t in tensors), nothing, worker, self.clock.now())
+                FrameArrived(
+                    frame, tuple(t.detach().clone() for t in tensors), nothing, worker, self.clock.now()
+                )
             )
             return True
         try:

@@ -1,8 +1,10 @@
-"""What the process's allocator does with memory that is free again."""
+"""The host memory of this process: what it keeps, and the most it has used."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
 from typing import Final
 
 KEPT_BYTES: Final = 2**28
@@ -22,3 +24,9 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGEST_OF_HEAP)
         mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def peak_rss_bytes() -> int:
+    """The most memory the process had resident at any time."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -136,14 +136,17 @@ class Serving:
         request = self.requests.pop((host.node, item), None)
         if request is None:
             return
-        host.drop_caches(item)
         self.around.ended(host.node, request.started.entry)
-        if not request.is_score:
-            for stage in range(1, host.stages):
-                frame = ReleaseItem(
-                    node=host.node, stage=stage, epoch=host.epoch, item=item, attempt=request.started.attempt
-                )
-                self.around.send(host, stage, frame)
+        self.release(
+            host,
+            ReleaseItem(node=host.node, stage=0, epoch=host.epoch, item=item, attempt=request.started.attempt),
+        )
+
+    def release(self, host: HostedStage, frame: ReleaseItem) -> None:
+        """Free what the item holds here, then on the next stage: behind the steps that are on their way there."""
+        host.drop_caches(frame.item)
+        if not host.is_last:
+            self.around.send(host, host.stage + 1, replace(frame, stage=host.stage + 1))
 
     def drop_all(self, node: int) -> None:
         """The node starts afresh: its requests are somebody else's, or come again."""
@@ -201,6 +204,8 @@ class Serving:
     ) -> None:
         """Schedule a stage's share of a forward pass."""
         num_tokens = tensors[0].shape[1]
+        if frame.position == 0 and frame.wants != "scores":
+            host.open_cache(CacheKey(frame.item, frame.attempt), frame.version)
 
         def run() -> None:
             with torch.no_grad():
@@ -233,8 +238,9 @@ class Serving:
         model = host.versions[frame.version]
         source = tensors[0]
         positions_T = torch.arange(frame.position, frame.position + source.shape[1])
-        key = CacheKey(frame.item, frame.attempt)
-        cache = None if frame.wants == "scores" else host.cache(key, frame.version)
+        cache = host.caches.get(CacheKey(frame.item, frame.attempt))
+        if cache is None and frame.wants != "scores":
+            return  # released while this step waited
         hidden_BTD = model(source, positions_T, cache)
         if not host.is_last:
             following = replace(frame, stage=host.stage + 1)

@@ -71,6 +71,7 @@ from lemix_stage_worker.inbox import (
 )
 from lemix_stage_worker.learning import Learner
 from lemix_stage_worker.links import Links
+from lemix_stage_worker.memory import peak_rss_bytes
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.puller import Puller
 from lemix_stage_worker.ready_queue import CATEGORY, ReadyQueue, Task
@@ -223,8 +224,8 @@ class Worker:
                 release()
             case ForwardFailed(item=item, attempt=attempt, reason=reason):
                 self.serving.fail(host, item, attempt, reason)
-            case ReleaseItem(item=item):
-                host.drop_caches(item)
+            case ReleaseItem():
+                self.serving.release(host, frame)
             case TrainForward() | TrainBackward() | AddShardGradients() | AddTiedGradient():
                 self.learners[host.node, host.stage].frame(frame, tensors, release, arrived.at)
 
@@ -343,7 +344,15 @@ class Worker:
             host.epoch = known.epoch
             self.hosts[node, stage] = host
             self.learners[node, stage] = Learner(host, self, self.now)
-            log.info("stage_built", node=node, stage=stage, layers=str(self.layers[stage]), epoch=host.epoch)
+            log.info(
+                "stage_built",
+                node=node,
+                stage=stage,
+                layers=str(self.layers[stage]),
+                epoch=host.epoch,
+                weight_bytes=host.template.weight_bytes,
+                peak_rss_bytes=peak_rss_bytes(),
+            )
             self._report_ready(host)
 
         def failed(error: Exception) -> None:
