@@ -78,8 +78,13 @@ class Keys:
 
     @property
     def totals(self) -> str:
-        """Hash of counters: submitted, done, failed, cancelled, refused, open, tax sums."""
+        """Hash of counters: submitted, done, failed, cancelled, refused, open; training_tax and its two sums."""
         return self._key("totals")
+
+    @property
+    def metrics(self) -> str:
+        """Sorted set: ``PROCESS URL`` of each process's Prometheus page, by when it last said so."""
+        return self._key("metrics")
 
     # ---- workers and placement
     @property
@@ -88,7 +93,7 @@ class Keys:
         return self._key("workers")
 
     def worker(self, worker: str) -> str:
-        """Hash: pid, host, device, address, memory."""
+        """Hash: pid, host, device, address, memory (the most it may use), memory_used, busy."""
         return self._key("worker", worker)
 
     def alive(self, worker: str) -> str:
@@ -101,7 +106,7 @@ class Keys:
         return self._key("placement_epoch")
 
     def node(self, node: int) -> str:
-        """Hash: epoch, stage:S (worker), ready:S (epoch), training:S (step)."""
+        """Hash: epoch, and of each stage stage:S (worker), ready:S (epoch), version:S, layers:S, training:S (step)."""
         return self._key("node", node)
 
     def work(self, node: int) -> str:
@@ -134,6 +139,11 @@ class Keys:
     def dead_letters(self) -> str:
         """Stream: items given up, each with its reason."""
         return self._key("dead_letters")
+
+    @property
+    def failures(self) -> str:
+        """Stream: every item that failed, those given up too, each with its reason."""
+        return self._key("failures")
 
     # ---- training
     def run(self, run: str) -> str:

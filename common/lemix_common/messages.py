@@ -196,6 +196,17 @@ class StepCommitted:
     step: int
     attempt: int
     replay: int  # 1 if the step had been committed before and was computed again
+    scale: float  # what the gradients are multiplied by, so that their norm keeps its bound
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRejected:
+    """A loss or gradient of the attempt wasn't finite: the step is computed again without these microbatches."""
+
+    run: str
+    step: int
+    attempt: int
+    excluded: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,6 +302,7 @@ Notice = (
     | LinkLost
     | RunStep
     | StepCommitted
+    | StepRejected
     | WriteShards
     | LoadTraining
     | PrepareVersion

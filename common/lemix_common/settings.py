@@ -17,6 +17,8 @@ from typing import Any
 from lemix_common.errors import SettingsError
 
 POLICIES = ("naive-mix", "separate", "random")
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,16 @@ class ClusterSettings:
     """AdamW's learning rate."""
     weight_decay: float = 0.01
     """AdamW's weight decay."""
+    optimizer: str = "adamw"
+    """adamw or sgd."""
+    learning_rate_schedule: str = "constant"
+    """After the warm-up: constant, or linear or cosine down to 0 at step `schedule_steps`."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises to its full value."""
+    schedule_steps: int = 0
+    """The step at which a linear or cosine learning rate reaches 0."""
+    max_gradient_norm: float = 0.0
+    """Gradients are scaled down to this norm, taken over all parameters; 0: never."""
     virtual_shards: int = 4
     """Fixed parts of a step whose gradients are added in order, so that the sum doesn't depend on the nodes."""
     seed: int = 0
@@ -72,12 +84,28 @@ class ClusterSettings:
             "keep_checkpoints", "max_queue", "max_running", "max_deliveries",
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("workers", "seed", "weight_decay", "max_step_wait_s"):
+        for name in (
+            "workers",
+            "seed",
+            "weight_decay",
+            "max_step_wait_s",
+            "warmup_steps",
+            "max_gradient_norm",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("learning_rate", "result_ttl_s", "heartbeat_expiry_s", "takeover_after_s"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
         _require(self.policy in POLICIES, "policy", self.policy, "one of " + ", ".join(POLICIES))
+        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, "one of " + ", ".join(OPTIMIZERS))
+        schedule = self.learning_rate_schedule
+        _require(schedule in SCHEDULES, "learning_rate_schedule", schedule, "one of " + ", ".join(SCHEDULES))
+        _require(
+            schedule == "constant" or self.schedule_steps > self.warmup_steps,
+            "schedule_steps",
+            self.schedule_steps,
+            f"above warmup_steps ({self.warmup_steps}) with a {schedule} learning rate",
+        )
         _require(0 < self.training_share < 1, "training_share", self.training_share, "between 0 and 1")
         if self.policy == "separate":
             _require(
@@ -136,7 +164,10 @@ def settings_from(values: Mapping[str, object], *, where: str) -> dict[str, Any]
 
 
 _A = {int: "a whole number", float: "a number", str: "a text"}
-_NOT_SETTINGS = {"LEMIX_URL", "LEMIX_CLUSTER", "LEMIX_DATA_DIR", "LEMIX_LOG_LEVEL"}
+_NOT_SETTINGS = {
+    *("LEMIX_URL", "LEMIX_CLUSTER", "LEMIX_DATA_DIR", "LEMIX_LOG_LEVEL"),
+    *("LEMIX_METRICS_HOST", "LEMIX_METRICS_PORT"),
+}
 
 
 def load_settings(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import TypeVar
 
 from lemix_studies.intervals import Interval, Moments, difference, intersection, union
@@ -52,11 +52,11 @@ def idle_pieces(
 def _busy(own: Sequence[Piece], busy_of_worker: Mapping[str, Moments]) -> Iterator[Interval]:
     """When the stage computed, or its worker did something else while it hosted the stage."""
     yield from ((piece.start, piece.end) for piece in own)
-    hosted_from = float("-inf")
     stays = [(worker, list(during)) for worker, during in groupby(own, key=lambda piece: piece.worker)]
-    for (worker, during), following in pairwise([*stays, (None, [])]):
-        hosted_to = during[-1].end if following[0] is not None else float("inf")
-        yield from intersection(busy_of_worker.get(worker or "", []), [(hosted_from, hosted_to)])
+    hosted_from = float("-inf")
+    for number, (worker, during) in enumerate(stays, start=1):
+        hosted_to = float("inf") if number == len(stays) else during[-1].end
+        yield from intersection(busy_of_worker.get(worker, []), [(hosted_from, hosted_to)])
         hosted_from = hosted_to
 
 

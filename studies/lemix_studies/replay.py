@@ -68,6 +68,7 @@ class Outcome:
     dead_lettered: int
     max_lateness_s: float
     weights_sha256: dict[str, str]
+    policy: str = ""
 
 
 @dataclass
@@ -191,6 +192,7 @@ def run_replay(
         - int(dead_before),
         max_lateness_s=replay.max_lateness_s,
         weights_sha256=weights_sha256(broker, data_dir, trained) if data_dir else {},
+        policy=settings.policy,
     )
 
 

@@ -1,22 +1,34 @@
-"""A replay's report: summary.json, items.csv, history.jsonl, steps.jsonl, trace.json, report.html."""
+"""The report of a run: its figures, its items and steps, the stages' time, pictures, and a page that shows them.
+
+Without matplotlib there are no pictures; the rest is written all the same.
+"""
 
 from __future__ import annotations
 
 import csv
-import html
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from lemix import Generation, Score
-from lemix_common.errors import BadInput
+from lemix_common.errors import BadInput, LemixError
+from lemix_studies.curves import exact_matches, latency_curves, loss_curves, started_at
+from lemix_studies.idleness import idle_pieces
 from lemix_studies.measures import ItemTimes, before_and_after, count_duplicated, count_lost, summarize
+from lemix_studies.page import report_page
+from lemix_studies.pieces import Piece, Position, pieces_of
 from lemix_studies.replay import Outcome
-from lemix_studies.spans import blocked_by_item, chrome_trace
+from lemix_studies.spans import blocked_by_item
+from lemix_studies.timelines import chosen_window, extent
+from lemix_studies.trace_file import TRACE, chrome_trace
 from lemix_studies.workload import WorkloadOptions
+
+log = structlog.get_logger()
 
 HISTORY = "history.jsonl"
 _COLUMNS = (
@@ -43,11 +55,7 @@ def summary_of(outcome: Outcome, options: WorkloadOptions, directory: Path) -> d
     lengths = {item: len(outcome.arrivals[item].reference) for item in generations}
     blocked_s = blocked_by_item(outcome.spans)
     losses = [answer.loss for answer in outcome.answers.values() if isinstance(answer, Score)]
-    matches = [
-        float(answer.tokens == outcome.arrivals[item].reference)
-        for item, answer in outcome.answers.items()
-        if isinstance(answer, Generation)
-    ]
+    matches = list(exact_matches(outcome).values())
     step_losses = [step.loss for step in outcome.steps if step.loss is not None]
     return summarize(outcome.items, outcome.idle, nodes=outcome.nodes, blocked_s=blocked_s) | {
         "lost": count_lost(outcome.items, lengths),

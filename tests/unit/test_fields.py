@@ -19,6 +19,7 @@ INTEGERS = st.integers(-(2**63), 2**63 - 1)
 VALUES: dict[object, st.SearchStrategy[Any]] = {
     int: INTEGERS,
     str: TEXTS,
+    float: st.floats(allow_nan=False),  # equal to nothing, not even to itself
     tuple[int, ...]: st.lists(INTEGERS, max_size=4).map(tuple),
 }
 NOTICES: st.SearchStrategy[Notice] = st.one_of(

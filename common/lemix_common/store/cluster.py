@@ -15,11 +15,28 @@ from lemix_common.store.items import COORDINATORS, STAGE_0, Call, fence
 
 MAIN_RUN = "main"
 """The run that trains the model itself."""
+METRICS_EXPIRY_S = 30
+"""A process that hasn't announced its metrics for this long is gone."""
 
 _CREATE = Lua(
     "create_cluster",
     """
 local settings, model, run, secret, now = cjson.decode(ARGV[1]), cjson.decode(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
+local function differs(key, wanted)
+  local fields = 0
+  for name, value in pairs(wanted) do
+    fields = fields + 1
+    if redis.call('HGET', key, name) ~= value then return true end
+  end
+  return redis.call('HLEN', key) ~= fields
+end
+if differs(K.settings, settings) or differs(K.model, model) then
+  for _, worker in ipairs(redis.call('SMEMBERS', K.workers)) do
+    redis.call('DEL', K.worker(worker), K.alive(worker))
+  end
+  redis.call('DEL', K.workers, K.leader)
+  redis.call('INCR', K.leader_epoch)
+end
 redis.call('DEL', K.settings, K.model)
 for name, value in pairs(settings) do redis.call('HSET', K.settings, name, value) end
 for name, value in pairs(model) do redis.call('HSET', K.model, name, value) end
@@ -78,6 +95,7 @@ _BEAT = Lua(
     """
 if redis.call('SISMEMBER', K.workers, ARGV[1]) == 0 then return {'unknown'} end
 redis.call('SET', K.alive(ARGV[1]), ARGV[2], 'PX', ARGV[3])
+redis.call('HSET', K.worker(ARGV[1]), 'memory_used', ARGV[4])
 return {'ok'}
 """,
 )
@@ -101,7 +119,7 @@ for s = 3, #ARGV do
     redis.call('HDEL', K.node(node), 'training:' .. stage)
   end
   redis.call('HSET', K.node(node), 'stage:' .. stage, worker)
-  redis.call('HDEL', K.node(node), 'ready:' .. stage)
+  redis.call('HDEL', K.node(node), 'ready:' .. stage, 'version:' .. stage)
 end
 redis.call('HSET', K.node(node), 'epoch', epoch)
 notice('PlacementChanged', 'node', node, 'epoch', epoch)
@@ -126,7 +144,8 @@ if #missing > 0 then return {'missing', unpack(missing)} end
 for version in pairs(have) do
   if version == live[3] then redis.call('HSET', K.version(version), 'prepared:' .. node .. ':' .. stage, epoch) end
 end
-redis.call('HSET', K.node(node), 'ready:' .. stage, epoch, 'layers:' .. stage, layers, 'memory:' .. stage, memory)
+redis.call('HSET', K.node(node), 'ready:' .. stage, epoch, 'layers:' .. stage, layers, 'memory:' .. stage, memory,
+           'version:' .. stage, live[1] or '')
 if training ~= '' then
   redis.call('HSET', K.node(node), 'training:' .. stage, training)
 else
@@ -171,6 +190,17 @@ return {'ok'}
 )
 
 
+_ANNOUNCE_METRICS = Lua(
+    "announce_metrics",
+    """
+local member, now, expiry_s = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+redis.call('ZREMRANGEBYSCORE', K.metrics, '-inf', now - expiry_s)
+redis.call('ZADD', K.metrics, ARGV[2], member)
+return {'ok'}
+""",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Cluster:
     """Calls about the cluster, its leader, workers and placement."""
@@ -179,7 +209,11 @@ class Cluster:
 
     # ---- the cluster's life
     def create(self, settings: ClusterSettings, model: Mapping[str, object], tokenizer: str) -> None:
-        """Publish settings and model and open for work; what an earlier life left (items, steps) stays."""
+        """Publish settings and model and open for work; what an earlier life left (items, steps) stays.
+
+        Repeating it changes nothing. Where settings or model differ from what was published, nobody leads and no worker
+        is known any more: who runs on the old ones must start afresh to be taken up again.
+        """
         self.broker.ensure_group(self.broker.keys.submissions, COORDINATORS)
         for node in range(settings.nodes):
             self.broker.ensure_group(self.broker.keys.work(node), STAGE_0)
@@ -229,9 +263,10 @@ class Cluster:
         texts = {name: str(value) for name, value in fields.items()}
         self.broker.call(_REGISTER, worker, texts, int(1000 * expiry_s))
 
-    def beat(self, worker: str, progress: int, *, expiry_s: float) -> bool:
+    def beat(self, worker: str, progress: int, *, expiry_s: float, memory_used_bytes: int = 0) -> bool:
         """The worker lives and its compute loop is at ``progress``; False if it was given up meanwhile."""
-        return bool(self.broker.call(_BEAT, worker, progress, int(1000 * expiry_s))[0] == "ok")
+        answer = self.broker.call(_BEAT, worker, progress, int(1000 * expiry_s), memory_used_bytes)
+        return bool(answer[0] == "ok")
 
     def forget_worker(self, leader_epoch: int, worker: str) -> None:
         """Strike a dead worker off the register."""
@@ -250,6 +285,24 @@ class Cluster:
             name: known | ({"alive": beat} if beat is not None else {})
             for name, known, beat in zip(names, fields, beats, strict=True)
         }
+
+    # ---- metrics
+    def announce_metrics(self, process: str, url: str) -> None:
+        """A process shows its metrics there; it says so again before `METRICS_EXPIRY_S` have passed."""
+        now = f"{self.broker.clock.now():.3f}"
+        self.broker.call(_ANNOUNCE_METRICS, f"{process} {url}", now, METRICS_EXPIRY_S)
+
+    def withdraw_metrics(self, process: str, url: str) -> None:
+        """The process ends."""
+        self.broker.again(lambda: self.broker.client.zrem(self.broker.keys.metrics, f"{process} {url}"))
+
+    def metrics(self) -> dict[str, str]:
+        """Where each process that lives shows its metrics."""
+        oldest = self.broker.clock.now() - METRICS_EXPIRY_S
+        members: Any = self.broker.again(
+            lambda: self.broker.client.zrangebyscore(self.broker.keys.metrics, oldest, "+inf")
+        )
+        return dict(sorted(member.split(" ", 1) for member in members))
 
     # ---- placement
     def nodes(self, nodes: int) -> list[dict[str, str]]:

@@ -34,7 +34,7 @@ STAGE_0 = "stage0"
 ENDED = frozenset({"done", "failed", "cancelled"})
 RETRY_AFTER_S = 1.0
 
-_REPLY = """
+REPLY = """
 local function reply(item, ...)
   local client = redis.call('HGET', K.item(item), 'client')
   if not client then return end
@@ -43,13 +43,26 @@ local function reply(item, ...)
 end
 """
 
+TAX = """
+local function update_tax()
+  local blocked_s, response_s = unpack(redis.call('HMGET', K.totals, 'blocked_s', 'response_s'))
+  local unblocked_s = (response_s or 0) - (blocked_s or 0)
+  local tax = unblocked_s > 0 and (blocked_s or 0) / unblocked_s or 0
+  redis.call('HSET', K.totals, 'training_tax', string.format('%.6f', tax))
+end
+"""
+"""Lua: the training tax as a field that an operator can read. Part of the calls that change one of its sums."""
+
 _END = (
-    _REPLY
+    REPLY
     + """
 local function end_item(item, state, now, ...)
   local kind, version = unpack(redis.call('HMGET', K.item(item), 'kind', 'weights_version'))
   redis.call('HSET', K.item(item), 'state', state, 'ended_at', now, ...)
   redis.call('HINCRBY', K.totals, state, 1)
+  if state == 'failed' then
+    redis.call('XADD', K.failures, 'MAXLEN', '~', 10000, '*', 'item', item, 'at', now, ...)
+  end
   redis.call('HINCRBY', K.totals, 'open', -1)
   if kind ~= 'train' then
     if version and redis.call('HINCRBY', K.versions_in_flight, version, -1) <= 0 then
@@ -68,7 +81,7 @@ end
 """
 )
 
-_DEAD = """
+DEAD_LETTER = """
 local function dead_letter(item, reason, now)
   redis.call('XADD', K.dead_letters, 'MAXLEN', '~', 10000, '*', 'item', item, 'reason', reason, 'at', now)
   redis.call('HINCRBY', K.totals, 'dead_lettered', 1)
@@ -126,7 +139,7 @@ _REDISPATCH = Lua(
     LEADER_ONLY
     + NOTICE
     + _END
-    + _DEAD
+    + DEAD_LETTER
     + """
 local node, entry, item, target, reason, now = unpack(ARGV, 2, 7)
 close_entry(node, entry)
@@ -178,7 +191,7 @@ end
 
 _APPEND = Lua(
     "append_tokens",
-    _REPLY
+    REPLY
     + _CURRENT
     + """
 local item, attempt, position, tokens, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4]), ARGV[5]
@@ -204,6 +217,7 @@ return {'ok'}
 _COMPLETE = Lua(
     "complete",
     _END
+    + TAX
     + _CURRENT
     + """
 local item, attempt, node, entry, result, now = unpack(ARGV)
@@ -211,6 +225,7 @@ if not is_current(item, attempt) then close_entry(node, entry) return {'stale'} 
 end_item(item, 'done', now, 'result', result)
 local submitted = redis.call('HGET', K.item(item), 'submitted_at')
 if submitted then redis.call('HINCRBYFLOAT', K.totals, 'response_s', string.format('%.6f', now - submitted)) end
+update_tax()
 reply(item, 'event', 'done', 'result', result, 'weights_version', redis.call('HGET', K.item(item), 'weights_version'))
 close_entry(node, entry)
 return {'ok'}

@@ -2,7 +2,8 @@
 
 A step's contents are a pure function of submission order and settings. An *attempt* is one try to compute a step with
 given members; a lost member means another attempt. The last of the members' stages to report its gradients commits
-the step, in Redis, whoever leads; only then do the optimizers run.
+the step, in Redis, whoever leads; only then do the optimizers run. If a loss or gradient isn't finite, its examples are
+dead-lettered instead and the step is computed again without them.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lemix_common.broker import LEADER_ONLY, NOTICE, Broker, Entry, Lua
-from lemix_common.store.items import Call, fence
+from lemix_common.store.items import DEAD_LETTER, REPLY, Call, fence
 
 _PLAN = Lua(
     "plan_step",
@@ -74,42 +75,83 @@ return {'ok', attempt}
 _GRADIENTS_READY = Lua(
     "gradients_ready",
     NOTICE
+    + REPLY
+    + DEAD_LETTER
     + """
-local run, step, attempt, node, stage, losses, now = unpack(ARGV)
-local at = redis.call('HMGET', K.run(run), 'attempt', 'attempt_step', 'expected', 'committed', 'concluded', 'lineage')
+local run, step, attempt, node, stage, report, now = unpack(ARGV)
+local at = redis.call('HMGET', K.run(run), 'attempt', 'attempt_step', 'expected', 'committed', 'concluded')
 if at[1] ~= attempt or at[2] ~= step then return {'stale'} end
-redis.call('HSET', K.step_ready(run), node .. ':' .. stage, losses)
+redis.call('HSET', K.step_ready(run), node .. ':' .. stage, report)
 if redis.call('HLEN', K.step_ready(run)) < tonumber(at[3]) then return {'waiting'} end
 if at[5] == attempt then return {'ok'} end
 redis.call('HSET', K.run(run), 'concluded', attempt)
+
+local plan = redis.call('HMGET', K.step(run, step), 'items', 'max_gradient_norm', 'reference_tokens', 'excluded')
+local items, stages = cjson.decode(plan[1]), tonumber(redis.call('HGET', K.cluster_state, 'stages'))
+local members, epochs = unpack(redis.call('HMGET', K.run(run), 'members', 'epochs'))
+members, epochs = cjson.decode(members), cjson.decode(epochs)
+local losses, culprits, suspects, is_finite, squares = {}, {}, {}, true, 0
+for _, member in ipairs(members) do
+  for s = 0, stages - 1 do
+    local said = cjson.decode(redis.call('HGET', K.step_ready(run), member .. ':' .. s))
+    for microbatch, loss in pairs(said.losses) do losses[tonumber(microbatch)] = loss end
+    for _, microbatch in ipairs(said.culprits) do culprits[microbatch] = true end
+    for _, microbatch in ipairs(said.suspects) do suspects[microbatch] = true end
+    is_finite = is_finite and said.is_finite
+    if member == members[1] then
+      for _, square in ipairs(said.squares) do squares = squares + square end
+    end
+  end
+end
+
+if not is_finite then
+  -- the step is redone without those that can't be learned from; nothing was changed by this attempt
+  local excluded, left = cjson.decode(plan[4] or '[]'), tonumber(plan[3])
+  if next(culprits) == nil then culprits = suspects end
+  local gone = {}
+  for _, microbatch in ipairs(excluded) do gone[microbatch] = true end
+  for microbatch = 0, #items - 1 do
+    if not gone[microbatch] and (culprits[microbatch] or next(culprits) == nil) then
+      local item = items[microbatch + 1]
+      local why = 'its loss or gradient is not finite (step ' .. step .. ')'
+      excluded[#excluded + 1] = microbatch
+      left = left - tonumber(redis.call('HGET', K.item(item), 'reference_tokens') or '0')
+      redis.call('HSET', K.item(item), 'state', 'failed', 'ended_at', now, 'reason', why, 'dead_lettered', '1')
+      redis.call('DEL', K.item_payload(item))
+      redis.call('EXPIRE', K.item(item), math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600))
+      redis.call('HINCRBY', K.totals, 'failed', 1)
+      redis.call('HINCRBY', K.totals, 'open', -1)
+      reply(item, 'event', 'failed', 'reason', why)
+      dead_letter(item, why, now)
+    end
+  end
+  redis.call('HSET', K.step(run, step), 'excluded', cjson.encode(excluded), 'reference_tokens', left)
+  notice('StepRejected', 'run', run, 'step', step, 'attempt', attempt, 'excluded', cjson.encode(excluded))
+  return {'rejected'}
+end
+
+local norm, bound = math.sqrt(squares), tonumber(plan[2] or '0')
+local scale = 1
+if bound > 0 then scale = math.min(1, bound / (norm + 1e-6)) end
 local replay = 1
 if tonumber(step) == tonumber(at[4]) + 1 then
   replay = 0
-  local order, loss_of = {}, {}
-  for _, report in ipairs(redis.call('HVALS', K.step_ready(run))) do
-    for microbatch, loss in pairs(cjson.decode(report)) do
-      order[#order + 1] = tonumber(microbatch)
-      loss_of[tonumber(microbatch)] = loss
-    end
-  end
-  table.sort(order)
   local loss = 0
-  for _, microbatch in ipairs(order) do loss = loss + loss_of[microbatch] end
-  redis.call('HSET', K.step(run, step), 'committed_at', now, 'loss', string.format('%.9g', loss), 'attempt', attempt)
+  for microbatch = 0, #items - 1 do loss = loss + (losses[microbatch] or 0) end
+  redis.call('HSET', K.step(run, step), 'committed_at', now, 'loss', string.format('%.9g', loss),
+             'gradient_norm', string.format('%.9g', norm), 'attempt', attempt)
   redis.call('HSET', K.run(run), 'committed', step)
-  for _, item in ipairs(cjson.decode(redis.call('HGET', K.step(run, step), 'items'))) do
-    redis.call('HSET', K.item(item), 'state', 'committed')
+  for _, item in ipairs(items) do
+    if redis.call('HGET', K.item(item), 'state') == 'planned' then redis.call('HSET', K.item(item), 'state', 'committed') end
   end
 end
-local stages = tonumber(redis.call('HGET', K.cluster_state, 'stages'))
-local members, epochs = unpack(redis.call('HMGET', K.run(run), 'members', 'epochs'))
-members, epochs = cjson.decode(members), cjson.decode(epochs)
 for i, member in ipairs(members) do
   if tonumber(redis.call('HGET', K.node(member), 'epoch')) == epochs[i] then
     for s = 0, stages - 1 do redis.call('HSET', K.node(member), 'training:' .. s, step) end
   end
 end
-notice('StepCommitted', 'run', run, 'step', step, 'attempt', attempt, 'replay', replay)
+notice('StepCommitted', 'run', run, 'step', step, 'attempt', attempt, 'replay', replay,
+       'scale', string.format('%.17g', scale))
 return {'ok'}
 """,
 )
@@ -180,6 +222,31 @@ class PlannedStep:
     learning_rate: float
     weight_decay: float
     seed: int
+    max_gradient_norm: float = 0.0
+    """Gradients are scaled down to this norm over all parameters; 0: never."""
+    optimizer: str = "adamw"
+    excluded: tuple[int, ...] = ()
+    """Microbatches that couldn't be learned from, found in earlier attempts."""
+
+    @property
+    def microbatches(self) -> tuple[int, ...]:
+        """Those that are computed, rising."""
+        return tuple(index for index in range(len(self.items)) if index not in self.excluded)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientReport:
+    """What a stage says of its gradients of a step."""
+
+    losses: Mapping[int, float]
+    """On the last stage: the microbatches of its node to their share of the step's loss."""
+    squares: tuple[float, ...]
+    """The sum of squares of each parameter's gradient, in model order; a tied parameter once. Empty if not finite."""
+    culprits: tuple[int, ...] = ()
+    """Microbatches whose loss isn't finite."""
+    suspects: tuple[int, ...] = ()
+    """Microbatches of shards whose gradient isn't finite: they are blamed only where no loss tells."""
+    is_finite: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +278,8 @@ class Training:
             "reference_tokens": step.reference_tokens,
             "learning_rate": repr(step.learning_rate),
             "weight_decay": repr(step.weight_decay),
+            "max_gradient_norm": repr(step.max_gradient_norm),
+            "optimizer": step.optimizer,
             "seed": step.seed,
             "planned_at": f"{self.broker.clock.now():.6f}",
         }
@@ -230,6 +299,9 @@ class Training:
             learning_rate=float(fields["learning_rate"]),
             weight_decay=float(fields["weight_decay"]),
             seed=int(fields["seed"]),
+            max_gradient_norm=float(fields["max_gradient_norm"]),
+            optimizer=fields["optimizer"],
+            excluded=tuple(json.loads(fields.get("excluded", "[]"))),
         )
 
     def examples(self, items: Sequence[str]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -267,12 +339,18 @@ class Training:
         return fence(answer)
 
     def gradients_ready(
-        self, step: int, attempt: int, *, node: int, stage: int, losses: Mapping[int, float]
+        self, step: int, attempt: int, *, node: int, stage: int, report: GradientReport
     ) -> Call:
-        """The call that reports a stage's gradients; the last one commits. ``losses``: microbatch to its share."""
-        report = {str(microbatch): loss for microbatch, loss in losses.items()}
+        """The call that reports a stage's gradients; the last one commits, or rejects what isn't finite."""
+        said = {
+            "losses": {str(microbatch): loss for microbatch, loss in report.losses.items()},
+            "squares": list(report.squares),
+            "culprits": list(report.culprits),
+            "suspects": list(report.suspects),
+            "is_finite": report.is_finite,
+        }
         now = f"{self.broker.clock.now():.6f}"
-        return _GRADIENTS_READY, (self.run, step, attempt, node, stage, report, now)
+        return _GRADIENTS_READY, (self.run, step, attempt, node, stage, said, now)
 
     def forget_steps(self, leader_epoch: int, upto: int) -> None:
         """Let the payloads of steps that a durable checkpoint covers go."""

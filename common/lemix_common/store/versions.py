@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lemix_common.broker import LEADER_ONLY, NOTICE, Broker, Lua
-from lemix_common.store.items import _REPLY, fence
+from lemix_common.store.items import REPLY, fence
 
 ENDED_STATES = frozenset({"sealed", "published", "failed"})
 
@@ -147,7 +147,7 @@ return {'ok'}
 _PUBLISH = Lua(
     "publish_version",
     NOTICE
-    + _REPLY
+    + REPLY
     + """
 local id, now = ARGV[1], ARGV[2]
 local state, run, version, step = unpack(redis.call('HMGET', K.operation(id), 'state', 'run', 'version', 'step'))
@@ -175,6 +175,14 @@ redis.call('HSET', K.operation(id), 'state', 'published')
 redis.call('SREM', K.operations, id)
 redis.call('EXPIRE', K.operation(id), 3600)
 notice('VersionPublished', 'version', version)
+for n = 0, nodes - 1 do
+  local epoch = redis.call('HGET', K.node(n), 'epoch')
+  for s = 0, stages - 1 do
+    if epoch and redis.call('HGET', K.node(n), 'ready:' .. s) == epoch then
+      redis.call('HSET', K.node(n), 'version:' .. s, version)
+    end
+  end
+end
 local first = tonumber(redis.call('HGET', K.run(run), 'published') or '0') + 1
 for k = first, tonumber(step) do
   for _, item in ipairs(cjson.decode(redis.call('HGET', K.step(run, k), 'items') or '[]')) do

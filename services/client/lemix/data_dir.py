@@ -24,6 +24,8 @@ from pathlib import Path
 from lemix_common.errors import BadInput, ClusterError
 from lemix_common.settings import ClusterSettings
 
+NO_SUPERVISOR = 0
+"""In place of its pid, where others start and stop the cluster's processes (see `lemix create`)."""
 _LARGEST_LOG_BYTES = 32 * 2**20
 
 
@@ -35,7 +37,7 @@ class RunningCluster:
     cluster: str
     data_dir: str
     pid: int
-    """The supervisor's."""
+    """The supervisor's, or `NO_SUPERVISOR`."""
     processes: Mapping[str, int]
     """Pid by name: broker (if it is ours), coordinator, operations, worker-0 …"""
 
@@ -109,6 +111,13 @@ class DataDir:
             raise ClusterError(f"no cluster runs in {self.path}: start one with `lemix up`") from None
         except (OSError, ValueError, TypeError) as error:
             raise ClusterError(f"{self.path / 'cluster.json'} can't be read ({error})") from None
+
+    def says(self, running: RunningCluster) -> bool:
+        """Whether this is what clients are told already."""
+        try:
+            return self.announced() == running
+        except ClusterError:
+            return False
 
     def withdraw(self) -> None:
         """The cluster runs no more."""

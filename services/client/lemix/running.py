@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from lemix.data_dir import DataDir
-from lemix.supervisor import BAD_INPUT_STATUS, CHECKPOINT_TIMEOUT_S, STOP_TIMEOUT_S, Launch
+from lemix.data_dir import NO_SUPERVISOR, DataDir
+from lemix.supervisor import BAD_INPUT_STATUS, STOP_TIMEOUT_S, Launch
 from lemix_common.children import last_reason, start_child
 from lemix_common.clock import wait_until
 from lemix_common.errors import BadInput, ClusterError, LemixError, WaitTimeout
 from lemix_common.settings import ClusterSettings
+from lemix_common.store.closing import CHECKPOINT_TIMEOUT_S
 
 START_TIMEOUT_S = 300.0
 _END_TIMEOUT_S = CHECKPOINT_TIMEOUT_S + 3 * STOP_TIMEOUT_S
@@ -56,6 +57,11 @@ def start_detached(launch: Launch) -> str:
 def stop_cluster(directory: DataDir) -> None:
     """Have the supervisor of this directory stop its cluster; `ClusterError` if there is none."""
     running = directory.announced()
+    if running.pid == NO_SUPERVISOR:
+        raise BadInput(
+            f"the cluster of {directory.path} was not started by `lemix up`: stop its processes with what started "
+            "them (`docker compose down` in containers)"
+        )
     if not directory.is_locked():
         directory.withdraw()
         raise ClusterError(f"the supervisor of {directory.path} was gone already; nothing is left to stop")

@@ -9,11 +9,13 @@ from typing import Any, TypedDict
 
 from lemix_common.broker import Broker
 from lemix_common.store.cluster import MAIN_RUN, Cluster
-from lemix_common.store.items import COORDINATORS, STAGE_0
+from lemix_common.store.queues import Queue, read_queues
 from lemix_common.store.versions import Versions
 
 BUSY_WINDOW_S = 5.0
 _EVENT_BATCHES = 200
+_FAILURES = 10
+"""The newest ones that a status names."""
 
 
 class StageStatus(TypedDict):
@@ -43,16 +45,29 @@ class WorkerStatus(TypedDict):
 
     worker: str
     pid: int
+    host: str
     device: str
+    address: str
     heartbeat_age_s: float | None
+    memory_used_bytes: int
+    memory_limit_bytes: int
 
 
 class QueueStatus(TypedDict):
-    """One queue: waiting entries, those taken and not done, the oldest one's age."""
+    """One queue: all entries, those taken and not done and by whom, the oldest one's age."""
 
     depth: int
     pending: int
     oldest_age_s: float
+    held_by: dict[str, int]
+
+
+class Failure(TypedDict):
+    """An item that ended as failed."""
+
+    item: str
+    reason: str
+    at: float
 
 
 class Status(TypedDict):
@@ -61,16 +76,19 @@ class Status(TypedDict):
     cluster: str
     state: str
     leader: str | None
+    leader_epoch: int
     nodes: list[NodeStatus]
     workers: list[WorkerStatus]
     queues: dict[str, QueueStatus]
     dead_letters: int
+    failures: list[Failure]
     training_tax: float
     slo_attainment: float | None
     weights_version: str
     versions: dict[str, str]
     training: dict[str, int]
     totals: dict[str, float]
+    metrics: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +111,30 @@ def read_status(broker: Broker) -> Status:
     workers = cluster.workers()
     busy = busy_shares(_recent_spans(broker), now=broker.clock.now(), window_s=BUSY_WINDOW_S)
     nodes = cluster.nodes(settings.nodes)
-    leader, letters = _ask(broker, lambda pipe: (pipe.get(keys.leader), pipe.xlen(keys.dead_letters)))
+    leader, leader_epoch, letters, failures = _ask(
+        broker,
+        lambda pipe: (
+            pipe.get(keys.leader),
+            pipe.get(keys.leader_epoch),
+            pipe.xlen(keys.dead_letters),
+            pipe.xrevrange(keys.failures, count=_FAILURES),
+        ),
+    )
     return Status(
         cluster=keys.cluster,
         state=state.get("state", "unknown"),
         leader=leader,
+        leader_epoch=int(leader_epoch or 0),
         nodes=[
-            _node(number, fields, settings.stages, live.get("served"), workers, busy)
-            for number, fields in enumerate(nodes)
+            _node(number, fields, settings.stages, workers, busy) for number, fields in enumerate(nodes)
         ],
         workers=_workers(broker, workers, settings.heartbeat_expiry_s),
-        queues=_queues(broker, settings.nodes),
+        queues={name: _queue(queue) for name, queue in read_queues(broker, settings.nodes).items()},
         dead_letters=letters,
+        failures=[
+            Failure(item=fields["item"], reason=fields["reason"], at=float(fields["at"]))
+            for _, fields in failures
+        ],
         training_tax=training_tax(totals),
         slo_attainment=None,
         weights_version=live["served"],
@@ -113,10 +143,19 @@ def read_status(broker: Broker) -> Status:
             name: int(run.get(name) or 0) for name in ("planned", "committed", "published", "checkpoint")
         },
         totals={name: float(value) for name, value in totals.items()},
+        metrics=cluster.metrics(),
     )
 
 
-def training_tax(totals: Mapping[str, str]) -> float:
+def can_serve(status: Status) -> bool:
+    """Whether somebody leads and every stage of every node is ready on a worker that lives."""
+    living = {worker["worker"] for worker in status["workers"] if worker["heartbeat_age_s"] is not None}
+    hosts = {stage["worker"] for node in status["nodes"] for stage in node["stages"]}
+    are_ready = all(node["state"] == "ready" for node in status["nodes"])
+    return status["leader"] is not None and are_ready and hosts <= living
+
+
+def training_tax(totals: Mapping[str, str | float]) -> float:
     """Σ time a ready step waited behind training ÷ Σ (response − that wait), of the items that ended."""
     blocked_s, response_s = float(totals.get("blocked_s", 0)), float(totals.get("response_s", 0))
     return blocked_s / (response_s - blocked_s) if response_s > blocked_s else 0.0
@@ -147,7 +186,6 @@ def _node(
     number: int,
     fields: Mapping[str, str],
     stages: int,
-    served: str | None,
     workers: Mapping[str, Mapping[str, str]],
     busy: Mapping[tuple[int, int], dict[str, float]],
 ) -> NodeStatus:
@@ -160,7 +198,7 @@ def _node(
             stage=stage,
             worker=worker,
             layers=json.loads(fields.get(f"layers:{stage}") or "[]"),
-            weights_version=served if fields.get(f"ready:{stage}") == epoch else None,
+            weights_version=fields.get(f"version:{stage}") or None,
             training_step=int(training) if training else None,
             busy=busy.get((number, stage), {}),
             memory_used_bytes=int(fields.get(f"memory:{stage}") or 0),
@@ -181,32 +219,24 @@ def _workers(broker: Broker, workers: Mapping[str, Mapping[str, str]], expiry_s:
         WorkerStatus(
             worker=name,
             pid=int(fields.get("pid") or 0),
+            host=fields.get("host", ""),
             device=fields.get("device", ""),
+            address=fields.get("address", ""),
             heartbeat_age_s=max(0.0, expiry_s - left / 1000) if left > 0 else None,
+            memory_used_bytes=int(fields.get("memory_used") or 0),
+            memory_limit_bytes=int(fields.get("memory") or 0),
         )
         for (name, fields), left in zip(workers.items(), left_ms, strict=True)
     ]
 
 
-def _queues(broker: Broker, nodes: int) -> dict[str, QueueStatus]:
-    """Inference items not dispatched, each node's dispatched ones, examples that no step has yet."""
-    keys = broker.keys
-    groups = {"submissions": (keys.submissions, COORDINATORS)}
-    groups |= {f"work:{node}": (keys.work(node), STAGE_0) for node in range(nodes)}
-    streams = {name: stream for name, (stream, _) in groups.items()} | {"examples": keys.examples(MAIN_RUN)}
-    depths = _ask(broker, lambda pipe: [pipe.xlen(stream) for stream in streams.values()])
-    oldest = _ask(broker, lambda pipe: [pipe.xrange(stream, count=1) for stream in streams.values()])
-    pending = _ask(broker, lambda pipe: [pipe.xpending(*group) for group in groups.values()])
-    now = broker.clock.now()
-    counts = dict(zip(groups, (int(summary["pending"]) for summary in pending), strict=True))
-    return {
-        name: QueueStatus(
-            depth=depth,
-            pending=counts.get(name, 0),
-            oldest_age_s=max(0.0, now - int(first[0][0].partition("-")[0]) / 1000) if first else 0.0,
-        )
-        for name, depth, first in zip(streams, depths, oldest, strict=True)
-    }
+def _queue(queue: Queue) -> QueueStatus:
+    return QueueStatus(
+        depth=queue.depth,
+        pending=queue.pending,
+        oldest_age_s=queue.oldest_age_s,
+        held_by=dict(queue.held_by),
+    )
 
 
 def _recent_spans(broker: Broker) -> list[Span]:

@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,21 +20,20 @@ from types import FrameType
 
 import structlog
 
+from lemix.creation import require_continuable
 from lemix.data_dir import DataDir, RunningCluster
 from lemix.model_folder import ModelFolder, open_model_folder
 from lemix.services import Service, pids
 from lemix_common.broker import Broker, connect, hide_password
 from lemix_common.children import last_reason, start_child, stop_children
-from lemix_common.errors import BadInput, BrokerError, ClusterError, LemixError, ModelError
+from lemix_common.errors import BadInput, BrokerError, ClusterError, LemixError
 from lemix_common.server import RunningBroker, start_broker
 from lemix_common.settings import ClusterSettings
-from lemix_common.store.cluster import MAIN_RUN, Cluster
-from lemix_common.store.training import Training
-from lemix_common.store.versions import ENDED_STATES, Versions
+from lemix_common.store.closing import last_checkpoint
+from lemix_common.store.cluster import Cluster
 
 log = structlog.get_logger()
 
-CHECKPOINT_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 DEATHS_BEFORE_READY = 4
 """A process that died this often before the cluster was ready won't come up."""
@@ -44,7 +42,6 @@ BAD_INPUT_STATUS = 2
 _TICK_S = 0.05
 _LOGS_EVERY_S = 30.0
 _NEEDED = ("celery", "torch", "transformers")
-_SAME_MODEL = ("family", "num_layers", "vocab_size", "tokenizer_sha256")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +71,7 @@ def supervise(launch: Launch, on_ready: Callable[[RunningCluster], None]) -> Non
         try:
             with _broker_for(launch) as (url, ours):
                 broker = connect(url, launch.cluster, patience_s=0)
-                _require_same_model(broker, model, launch)
+                _require_resumed(broker, model, launch)
                 is_used = is_used or bool(broker.hash(broker.keys.model))
                 supervisor = Supervisor(launch, broker, url, stop)
                 try:
@@ -228,30 +225,13 @@ class Supervisor:
     # ---- the last checkpoint
     def _checkpoint(self) -> None:
         """Make the committed steps durable as one checkpoint, unless asked to stop again meanwhile."""
-        asked, deadline = self.stop.count, time.monotonic() + CHECKPOINT_TIMEOUT_S
-        versions, operation = Versions(self.broker), f"checkpoint-{uuid.uuid4().hex}"
-        is_open, state = False, ""
-        while self.stop.count == asked and time.monotonic() < deadline and state not in ENDED_STATES:
-            self._tend()
-            try:
-                if not is_open:
-                    is_open = self._open_checkpoint(versions, operation)
-                    if not is_open:
-                        return
-                state = versions.operation(operation).get("state", "")
-            except BrokerError:
-                pass  # it is being restarted
-            time.sleep(_TICK_S)
-        log.info("last_checkpoint", operation=operation, state=state or "skipped")
+        asked = self.stop.count
 
-    def _open_checkpoint(self, versions: Versions, operation: str) -> bool:
-        Cluster(self.broker).stop_accepting()
-        run = Training(self.broker, MAIN_RUN).state()
-        if run.committed <= run.checkpoint:
-            return False
-        root = str(self.launch.directory.checkpoints)
-        versions.open(operation, "checkpoint", run=MAIN_RUN, optimizer=True, root=root)
-        return True
+        def go_on() -> bool:
+            self._tend()
+            return self.stop.count == asked
+
+        last_checkpoint(self.broker, self.launch.directory.checkpoints, go_on)
 
 
 def _require_extras() -> None:
@@ -298,22 +278,14 @@ def _broker_for(launch: Launch) -> Iterator[tuple[str, RunningBroker | None]]:
         ours.stop()
 
 
-def _require_same_model(broker: Broker, model: ModelFolder, launch: Launch) -> None:
-    """A cluster goes on with the model it was started with; its steps mean nothing to another one."""
-    known = broker.hash(broker.keys.model)
-    if not known:
-        return
-    if not launch.resume:
+def _require_resumed(broker: Broker, model: ModelFolder, launch: Launch) -> None:
+    """A broker that holds this cluster needs to be told to go on with it, and with the model it was started with."""
+    if not launch.resume and broker.hash(broker.keys.model):
         raise BadInput(
             f"the broker holds a cluster {launch.cluster!r}: `lemix up --resume` goes on with it, "
             "another --cluster starts beside it"
         )
-    fields = model.fields()
-    if any(known.get(name) != str(fields[name]) for name in _SAME_MODEL):
-        raise ModelError(
-            f"this cluster was started with {known.get('path')}, {model.path} is another model: "
-            "resume with the first, or start afresh with another --data-dir"
-        )
+    require_continuable(broker, launch.settings, model)
 
 
 def _has_items(broker: Broker) -> bool:

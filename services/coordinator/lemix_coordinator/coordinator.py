@@ -18,6 +18,7 @@ import structlog
 from lemix_common.broker import Broker, Entry
 from lemix_common.errors import Fenced
 from lemix_common.settings import ClusterSettings
+from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import STAGE_0, Items, fence
 from lemix_common.store.training import Training
@@ -62,6 +63,7 @@ class Coordinator:
     settings: ClusterSettings
     data_dir: Path
     transitions: Transitions
+    sign_of_life: SignOfLife = SignOfLife()
     sequence: int = 0
     """Items dispatched by this leader."""
     epoch: int = 0
@@ -88,11 +90,15 @@ class Coordinator:
         seen = {keys.control: self.broker.last_id(keys.control), keys.submissions: "0-0"}
         while not stop.is_set():
             epoch = self.cluster.lead(self.name, expiry_s=LEASE_S)
+            self.sign_of_life.show()
             if epoch is None:
                 self.epoch = 0
                 stop.wait(LEASE_S / 6)
                 continue
             if epoch != self.epoch:
+                if self.cluster.settings() != self.settings:
+                    log.warning("settings_changed", reason="started again, it reads the new ones")
+                    break
                 log.info("leading", epoch=epoch)
                 self.epoch = epoch
                 self._dispatch(pending=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,11 +48,25 @@ def plan_next_step(
         items=tuple(example.item for example in chosen),
         shards=shards_of(len(chosen), settings.virtual_shards),
         reference_tokens=sum(example.reference_tokens for example in chosen),
-        learning_rate=settings.learning_rate,
+        learning_rate=learning_rate_at(settings, step),
         weight_decay=settings.weight_decay,
         seed=settings.seed,
+        max_gradient_norm=settings.max_gradient_norm,
+        optimizer=settings.optimizer,
     )
     return planned, chosen[-1].entry
+
+
+def learning_rate_at(settings: ClusterSettings, step: int) -> float:
+    """The learning rate of a step (the first is 1): a linear warm-up, then constant, or a line or cosine down to 0."""
+    if step <= settings.warmup_steps:
+        return settings.learning_rate * step / (settings.warmup_steps + 1)
+    if settings.learning_rate_schedule == "constant":
+        return settings.learning_rate
+    falling = settings.schedule_steps - settings.warmup_steps
+    done = min(1.0, (step - 1 - settings.warmup_steps) / falling)
+    share = 1 - done if settings.learning_rate_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return settings.learning_rate * share
 
 
 def shards_of(microbatches: int, shards: int) -> tuple[int, ...]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import structlog
 
 from lemix_common.errors import BrokerUnreachable
+from lemix_common.machine import resident_bytes
+from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import Cluster
 from lemix_stage_worker.worker import Worker
 
@@ -32,6 +34,7 @@ class Heartbeat:
     cluster: Cluster
     register: Callable[[], None]
     expiry_s: float
+    sign_of_life: SignOfLife = SignOfLife()
 
     def start(self, stop: threading.Event) -> threading.Thread:
         """Register and beat until told to stop."""
@@ -44,11 +47,20 @@ class Heartbeat:
         while not stop.wait(BEAT_S):
             self._watch()
             try:
-                if not self.cluster.beat(self.worker.name, self.worker.progress, expiry_s=self.expiry_s):
+                if not self._beat():
                     log.warning("registered_again", worker=self.worker.name)
                     self.register()
+                self.sign_of_life.show()
             except BrokerUnreachable as error:
                 log.error("no_heartbeat", reason=str(error))
+
+    def _beat(self) -> bool:
+        return self.cluster.beat(
+            self.worker.name,
+            self.worker.progress,
+            expiry_s=self.expiry_s,
+            memory_used_bytes=resident_bytes(),
+        )
 
     def _watch(self) -> None:
         since = self.worker.busy_since

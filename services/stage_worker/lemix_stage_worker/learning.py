@@ -6,6 +6,7 @@ optimizer runs only when the control stream says that the step is committed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -25,7 +26,7 @@ from lemix_common.messages import (
     TrainForward,
     WriteShards,
 )
-from lemix_common.store.training import PlannedStep
+from lemix_common.store.training import GradientReport, PlannedStep
 from lemix_stage_worker.gradients import ShardSum
 from lemix_stage_worker.hosted_stage import HostedStage
 from lemix_stage_worker.model.scoring import NO_TARGET, loss_sum
@@ -52,9 +53,7 @@ class TrainingSurroundings(Protocol):
     def schedule(self, task: Task) -> None:
         """Let the compute loop run a step when it is its turn."""
 
-    def gradients_ready(
-        self, host: HostedStage, step: int, attempt: int, losses: Mapping[int, float]
-    ) -> None:
+    def gradients_ready(self, host: HostedStage, step: int, attempt: int, report: GradientReport) -> None:
         """Report this stage's gradients."""
 
     def training_at(self, host: HostedStage, step: int) -> None:
@@ -89,6 +88,10 @@ class Attempt:
     left: dict[int, int] = field(default_factory=dict)
     """This node's shards to the microbatches whose backward is still to come."""
     losses: dict[int, float] = field(default_factory=dict)
+    culprits: set[int] = field(default_factory=set)
+    """Microbatches whose loss isn't finite."""
+    suspects: set[int] = field(default_factory=set)
+    """Microbatches of shards whose gradient isn't finite."""
     sums: ShardSum | None = None
     tied: Tensor | None = None
     """The other end's gradient of a tied embedding."""
@@ -142,7 +145,7 @@ class Learner:
         for microbatch in mine:
             shard = planned.shards[microbatch]
             attempt.left[shard] = attempt.left.get(shard, 0) + 1
-        attempt.sums = ShardSum(sorted(set(planned.shards)))
+        attempt.sums = ShardSum(sorted({planned.shards[microbatch] for microbatch in planned.microbatches}))
         self._go_on()
 
     def step_committed(self, notice: StepCommitted) -> None:
@@ -160,7 +163,7 @@ class Learner:
         moved_on = attempt.notice.epochs[attempt.notice.members.index(self.host.node)] != self.host.epoch
 
         def run() -> None:
-            state.apply(total, learning_rate=planned.learning_rate, weight_decay=planned.weight_decay)
+            state.apply(total, planned, scale=notice.scale)
             self.attempt = None if self.attempt is attempt else self.attempt
             if moved_on and self.host.training is state:
                 self.around.training_at(self.host, state.step)
@@ -231,8 +234,8 @@ class Learner:
         assert attempt.planned is not None
         return [
             microbatch
-            for microbatch, shard in enumerate(attempt.planned.shards)
-            if attempt.notice.shard_nodes[shard] == self.host.node
+            for microbatch in attempt.planned.microbatches
+            if attempt.notice.shard_nodes[attempt.planned.shards[microbatch]] == self.host.node
         ]
 
     def _can_compute(self, attempt: Attempt) -> bool:
@@ -287,6 +290,8 @@ class Learner:
         assert attempt.planned is not None
         loss = loss_sum(state.model, output[0], targets_BT[0]) / attempt.planned.reference_tokens
         attempt.losses[microbatch] = float(loss.detach())
+        if not math.isfinite(attempt.losses[microbatch]):
+            attempt.culprits.add(microbatch)
         attempt.in_flight[microbatch] = InFlight(source, loss)
         self._schedule_backward(attempt, microbatch, None, _nothing, self.now())
 
@@ -326,6 +331,10 @@ class Learner:
     def _share(self, attempt: Attempt, shard: int, gradients: list[Tensor]) -> None:
         """Give a finished shard's gradients to every member's same stage."""
         notice = attempt.notice
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            assert attempt.planned is not None
+            shards = attempt.planned.shards
+            attempt.suspects |= {index for index in self._mine(attempt) if shards[index] == shard}
         for node, epoch in zip(notice.members, notice.epochs, strict=True):
             if node != self.host.node:
                 frame = AddShardGradients(
@@ -351,16 +360,25 @@ class Learner:
         summed, state = attempt.sums.total, self.host.training
         if summed is None or attempt.total is not None or state is None:
             return
-        gradients = dict(zip(state.model.leaves(), summed, strict=True))
+        gradients = dict(zip(state.model.leaves(), summed, strict=True)) if summed else {}
         if not self._with_tied(attempt, gradients):
             return
         attempt.total = gradients
-        self.around.gradients_ready(self.host, attempt.notice.step, attempt.notice.attempt, attempt.losses)
+        squares = state.squares(gradients)
+        is_finite = not (attempt.culprits or attempt.suspects) and all(map(math.isfinite, squares))
+        report = GradientReport(
+            losses=attempt.losses if is_finite else {},
+            squares=squares if is_finite else (),
+            culprits=tuple(sorted(attempt.culprits)),
+            suspects=tuple(sorted(attempt.suspects)),
+            is_finite=is_finite,
+        )
+        self.around.gradients_ready(self.host, attempt.notice.step, attempt.notice.attempt, report)
 
     def _with_tied(self, attempt: Attempt, gradients: dict[str, Tensor]) -> bool:
         """Sum a tied embedding's two gradients, embedding first; False while the other one isn't here."""
         host = self.host
-        if not host.source.is_tied or not (host.is_first or host.is_last):
+        if not gradients or not host.source.is_tied or not (host.is_first or host.is_last):
             return True
         embedding = host.source.embedding_name
         if host.stages == 1:

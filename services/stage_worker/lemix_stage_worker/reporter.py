@@ -17,7 +17,8 @@ import structlog
 
 from lemix_common.broker import Broker, Lua
 from lemix_common.errors import BrokerUnreachable
-from lemix_common.store.items import Call
+from lemix_common.store.items import TAX, Call
+from lemix_stage_worker.metrics import StageTimes
 
 log = structlog.get_logger()
 
@@ -26,9 +27,11 @@ SPANS_AT_MOST = 500
 
 _SPANS = Lua(
     "report_spans",
-    """
+    TAX
+    + """
 redis.call('XADD', K.events, 'MAXLEN', '~', 50000, '*', 'spans', ARGV[1])
 redis.call('HINCRBYFLOAT', K.totals, 'blocked_s', ARGV[2])
+update_tax()
 redis.call('HSET', K.worker(ARGV[3]), 'busy', ARGV[4])
 return {'ok'}
 """,
@@ -57,6 +60,7 @@ class Reporter:
 
     worker: str
     broker: Broker
+    times: StageTimes = field(default_factory=StageTimes)
     _calls: queue.SimpleQueue[tuple[Call, Callable[[Any], None] | None] | None] = field(
         default_factory=queue.SimpleQueue
     )
@@ -78,6 +82,9 @@ class Reporter:
         """Note what ran."""
         with self._lock:
             self._spans.append(span)
+        self.times.add(
+            span.node, span.stage, span.cat, busy_s=span.end - span.start, blocked_s=span.blocked_s
+        )
 
     def close(self) -> None:
         """Make what is left, then end."""

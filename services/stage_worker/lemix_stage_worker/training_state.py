@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lemix_common.store.training import PlannedStep
 from lemix_stage_worker.model.stage import StageModel
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -25,7 +26,7 @@ def moment_names(model: StageModel) -> list[str]:
 
 @dataclass
 class TrainingState:
-    """AdamW on one stage.
+    """The optimizer (AdamW or SGD) on one stage.
 
     A tied head is a leaf of its own, for its gradient; its values are the embedding's. The stage that has both updates
     the shared storage once; of two stages that have one each, both make the same update from the same summed gradient.
@@ -37,7 +38,7 @@ class TrainingState:
     """Of the checkpoint it comes from."""
     owns_weights: bool = False
     """False while the weights are shared with a served version."""
-    _optimizer: torch.optim.AdamW | None = None
+    _optimizer: torch.optim.Optimizer | None = None
 
     def take_gradients(self) -> list[Tensor]:
         """The gradients accumulated since the last call, in model order, zeros where none came."""
@@ -47,18 +48,32 @@ class TrainingState:
             parameter.grad = None
         return gradients
 
-    def apply(self, gradients: Mapping[str, Tensor], *, learning_rate: float, weight_decay: float) -> None:
-        """One optimizer step from the summed gradients, by leaf; the state is then one step further."""
+    def apply(self, gradients: Mapping[str, Tensor], planned: PlannedStep, *, scale: float) -> None:
+        """One optimizer step from the summed gradients, by leaf; the state is then one step further.
+
+        A step without gradients (nothing could be learned from) only counts.
+        """
+        if not gradients:
+            self.step += 1
+            return
         self._own_weights()
-        optimizer = self._optimizer or self._make_optimizer()
+        optimizer = self._optimizer or self._make_optimizer(planned.optimizer)
         for group in optimizer.param_groups:
-            group["lr"], group["weight_decay"] = learning_rate, weight_decay
+            group["lr"], group["weight_decay"] = planned.learning_rate, planned.weight_decay
         leaves = self.model.leaves()
         for name in self._updated():
-            leaves[name].grad = gradients[name]
+            leaves[name].grad = gradients[name] if scale == 1 else gradients[name].mul_(scale)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.step += 1
+
+    def squares(self, gradients: Mapping[str, Tensor]) -> tuple[float, ...]:
+        """The sum of squares of each parameter's gradient in model order, in float64; a tied parameter's once."""
+        return tuple(
+            float(torch.linalg.vector_norm(gradient, dtype=torch.float64).square())
+            for name, gradient in gradients.items()
+            if not self._is_tied_head(name)
+        )
 
     def snapshot(self, *, optimizer: bool) -> dict[str, Tensor]:
         """A copy of the weights (a tied head is the embedding's, so left out), and with them the optimizer's state."""
@@ -67,8 +82,8 @@ class TrainingState:
         if optimizer and self._optimizer is not None:
             for name in list(tensors):
                 for moment in _MOMENTS:
-                    value = self._optimizer.state[leaves[name]][moment]
-                    tensors[moment_name(moment, name)] = value.clone()
+                    if (value := self._optimizer.state[leaves[name]].get(moment)) is not None:
+                        tensors[moment_name(moment, name)] = value.clone()
             # a tied head's moments are the embedding's, which the first stage writes
         elif optimizer:
             tensors |= {
@@ -93,11 +108,16 @@ class TrainingState:
             self.model.load({name: tensor.clone() for name, tensor in sources.items()})
             self.owns_weights = True
 
-    def _make_optimizer(self) -> torch.optim.AdamW:
+    def _make_optimizer(self, name: str) -> torch.optim.Optimizer:
         leaves = {leaf.name: leaf for leaf in self.model.all_leaves()}
         updated = [leaves[name] for name in self._updated()]
-        self._optimizer = torch.optim.AdamW([leaf.parameter for leaf in updated], foreach=False)
-        if self.moments:
+        parameters = [leaf.parameter for leaf in updated]
+        self._optimizer = (
+            torch.optim.SGD(parameters, foreach=False)
+            if name == "sgd"
+            else torch.optim.AdamW(parameters, foreach=False)
+        )
+        if self.moments and name == "adamw":
             for leaf in updated:
                 self._optimizer.state[leaf.parameter] = {
                     "step": torch.tensor(float(self.step)),

@@ -38,6 +38,7 @@ from lemix_common.messages import (
     RunForward,
     RunStep,
     ScoresComputed,
+    StageReady,
     StepCommitted,
     TokenChosen,
     TrainBackward,
@@ -48,7 +49,7 @@ from lemix_common.messages import (
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import Call, Items, StartedItem
-from lemix_common.store.training import Training
+from lemix_common.store.training import GradientReport, Training
 from lemix_common.store.versions import Versions
 from lemix_stage_worker.hosted_stage import (
     BASE_DIRECTORY,
@@ -128,7 +129,10 @@ class Worker:
     # ---- the loop
     def run(self, stop: threading.Event) -> None:
         """Compute until told to stop; then report what is left and close."""
-        control = threading.Thread(target=self._read_control, args=(stop,), name="control", daemon=True)
+        read_until = self.broker.last_id(self.broker.keys.control)  # before any hash, so that no change is missed
+        control = threading.Thread(
+            target=self._read_control, args=(stop, read_until), name="control", daemon=True
+        )
         control.start()
         self.reporter.start()
         for node in range(self.settings.nodes):
@@ -238,9 +242,9 @@ class Worker:
         return {worker for known in self.neighbours.values() for worker, _ in known.hosts}
 
     # ---- notices
-    def _read_control(self, stop: threading.Event) -> None:
+    def _read_control(self, stop: threading.Event, read_until: str) -> None:
         stream = self.broker.keys.control
-        seen = {stream: self.broker.last_id(stream)}
+        seen = {stream: read_until}
         while not stop.is_set():
             for entry in self.broker.read(seen, block_s=1.0):
                 seen[stream] = entry.id
@@ -253,6 +257,8 @@ class Worker:
         match notice:
             case PlacementChanged(node=node):
                 self._read_placement(node)
+            case StageReady(node=node):
+                self._pull_if_whole(node)
             case RunStep():
                 self._each_learner(lambda learner: learner.run_step(notice))
             case StepCommitted():
@@ -399,13 +405,29 @@ class Worker:
                 return
             host.is_ready = True
             self._release_held()
-            if host.is_first and host.node not in self.pullers:
-                puller = self.pullers[host.node] = Puller(
-                    self.items, self.inbox, self.name, host.node, epoch, self.settings.max_running
+            self._pull_if_whole(host.node)
+
+        self._in_background(report, reported, lambda error: self._try_ready_again(host, epoch, error))
+
+    def _pull_if_whole(self, node: int) -> None:
+        """Begin to pull when the node's last stage is ready: an item must not be started for a stage that is lost."""
+        host = self.hosts.get((node, 0))
+        if host is None or not host.is_ready or node in self.pullers:
+            return
+        epoch = host.epoch
+
+        def is_whole() -> bool:
+            fields = self.broker.hash(self.broker.keys.node(node))
+            return all(fields.get(f"ready:{stage}") == str(epoch) for stage in range(host.stages))
+
+        def pull(whole: bool) -> None:
+            if whole and host.epoch == epoch and node not in self.pullers:
+                puller = self.pullers[node] = Puller(
+                    self.items, self.inbox, self.name, node, epoch, self.settings.max_running
                 )
                 puller.start()
 
-        self._in_background(report, reported, lambda error: self._try_ready_again(host, epoch, error))
+        self._in_background(is_whole, pull)
 
     def _try_ready_again(self, host: HostedStage, epoch: int, error: Exception) -> None:
         log.warning("stage_not_ready", node=host.node, stage=host.stage, reason=str(error))
@@ -485,12 +507,10 @@ class Worker:
         if puller := self.pullers.get(node):
             puller.ended(entry)
 
-    def gradients_ready(
-        self, host: HostedStage, step: int, attempt: int, losses: Mapping[int, float]
-    ) -> None:
+    def gradients_ready(self, host: HostedStage, step: int, attempt: int, report: GradientReport) -> None:
         """Report a stage's gradients; the last one of the step commits it."""
         self.reporter.call(
-            self.training.gradients_ready(step, attempt, node=host.node, stage=host.stage, losses=losses)
+            self.training.gradients_ready(step, attempt, node=host.node, stage=host.stage, report=report)
         )
 
     def training_at(self, host: HostedStage, step: int) -> None:
@@ -508,8 +528,8 @@ class Worker:
             planned = self.training.step(step)
             mine = [
                 microbatch
-                for microbatch, shard in enumerate(planned.shards)
-                if notice is not None and notice.shard_nodes[shard] == microbatches_of
+                for microbatch in planned.microbatches
+                if notice is not None and notice.shard_nodes[planned.shards[microbatch]] == microbatches_of
             ]
             examples = self.training.examples([planned.items[microbatch] for microbatch in mine])
             return planned, dict(zip(mine, examples, strict=True))

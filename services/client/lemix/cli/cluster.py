@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,22 +14,26 @@ import typer
 from redis.exceptions import RedisError
 from rich.console import Console
 
-from lemix.cli.errors import clear_errors
+from lemix.cli.errors import EXIT_TARGET_MISSED, clear_errors
 from lemix.cli.redis_reply import show
 from lemix.cli.setting_options import with_setting_options
 from lemix.cli.status_table import status_tables
 from lemix.client import Client
+from lemix.creation import create_cluster
 from lemix.data_dir import DataDir, RunningCluster
 from lemix.discovery import DEFAULT_CLUSTER, DEFAULT_DATA_DIR, find_cluster
 from lemix.export import export_model
+from lemix.model_folder import open_model_folder
 from lemix.running import start_detached, stop_cluster
+from lemix.status import can_serve
 from lemix.supervisor import Launch, supervise
 from lemix_common.broker import Broker, connect, hide_password
 from lemix_common.clock import wait_until
-from lemix_common.errors import BrokerError, ClusterError
+from lemix_common.errors import BadInput, BrokerError, ClusterError
 from lemix_common.logs import configure_logs
 from lemix_common.settings import load_settings
 from lemix_common.store.cluster import MAIN_RUN
+from lemix_common.store.joining import await_broker
 from lemix_common.store.versions import ENDED_STATES, Versions
 
 _CHECKPOINT_TIMEOUT_S = 300.0
@@ -46,6 +51,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 def register(app: typer.Typer) -> None:
     """Add these commands."""
     app.command()(with_setting_options(clear_errors(up)))
+    app.command()(with_setting_options(clear_errors(create)))
     app.command()(clear_errors(down))
     app.command()(clear_errors(status))
     app.command()(clear_errors(checkpoint))
@@ -88,6 +94,33 @@ def up(
     supervise(launch, _say_ready)
 
 
+def create(
+    *,
+    settings: Mapping[str, Any],
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings.")] = None,
+    data_dir: DataDirOption = Path(DEFAULT_DATA_DIR),
+    cluster: ClusterOption = DEFAULT_CLUSTER,
+    url: UrlOption = "",
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a broker that isn't there yet.")] = False,
+) -> None:
+    """Publish a cluster on a broker without starting its processes, or go on with the one that is there.
+
+    For containers and other places where something else starts the processes and keeps them running.
+    """
+    configure_logs("create", level=os.environ.get("LEMIX_LOG_LEVEL", "info"))
+    if not url:
+        raise BadInput("give the --url of a running broker, or LEMIX_URL")
+    chosen = load_settings(config, **settings)
+    model = open_model_folder(chosen.model, stages=chosen.stages)
+    broker = await_broker(url, cluster, threading.Event()) if wait else connect(url, cluster)
+    assert broker is not None
+    create_cluster(broker, url, chosen, model, DataDir(data_dir.absolute()))
+    typer.echo(
+        f"cluster {cluster}: {chosen.nodes} nodes x {chosen.stages} stages of {model.path} "
+        f"at {hide_password(url)} (state in {data_dir.absolute()})"
+    )
+
+
 def down(data_dir: DataDirOption = Path(DEFAULT_DATA_DIR)) -> None:
     """Stop the cluster of this data directory, after a last checkpoint."""
     stop_cluster(DataDir(data_dir.absolute()))
@@ -100,6 +133,7 @@ def status(
     cluster: ClusterOption = "",
     data_dir: DataDirOption = Path(DEFAULT_DATA_DIR),
     as_json: JsonOption = False,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 3 unless every node can serve.")] = False,
 ) -> None:
     """Show nodes, workers, queues and the served version."""
     address = find_cluster(url, cluster, _environment(data_dir))
@@ -109,6 +143,8 @@ def status(
         typer.echo(json.dumps(state))
     else:
         Console().print(*status_tables(state), sep="\n")
+    if check and not can_serve(state):
+        raise typer.Exit(EXIT_TARGET_MISSED)
 
 
 def checkpoint(

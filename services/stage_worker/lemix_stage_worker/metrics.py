@@ -1,0 +1,52 @@
+"""What a stage worker shows Prometheus, and the sums behind it."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lemix_common import metrics
+from lemix_common.metrics import Sample
+
+if TYPE_CHECKING:
+    from lemix_stage_worker.worker import Worker
+
+
+@dataclass
+class StageTimes:
+    """Seconds since the start; written by the compute loop, read by a scrape."""
+
+    _busy_s: defaultdict[tuple[int, int, str], float] = field(default_factory=lambda: defaultdict(float))
+    _blocked_s: defaultdict[tuple[int, int], float] = field(default_factory=lambda: defaultdict(float))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, node: int, stage: int, kind: str, *, busy_s: float, blocked_s: float) -> None:
+        """A piece of compute ended."""
+        with self._lock:
+            self._busy_s[node, stage, kind] += max(0.0, busy_s)
+            self._blocked_s[node, stage] += blocked_s
+
+    def samples(self) -> list[Sample]:
+        """The sums now."""
+        with self._lock:
+            return [
+                *(Sample(metrics.BUSY_TIME, seconds, at) for at, seconds in sorted(self._busy_s.items())),
+                *(
+                    Sample(metrics.STAGE_BLOCKED_TIME, seconds, at)
+                    for at, seconds in sorted(self._blocked_s.items())
+                ),
+            ]
+
+
+def worker_samples(worker: Worker) -> Iterator[Sample]:
+    """Everything a worker says of itself and of the stages it hosts."""
+    yield Sample(metrics.OUTAGES, worker.broker.outages)
+    yield Sample(metrics.READY_STEPS, len(worker.ready))
+    yield Sample(metrics.LONGEST_STEP, worker.longest_step_s)
+    for host in list(worker.hosts.values()):
+        yield Sample(metrics.STAGE_READY, host.is_ready, (host.node, host.stage))
+        yield Sample(metrics.STAGE_WEIGHTS, host.memory_bytes, (host.node, host.stage))
+    yield from worker.reporter.times.samples()

@@ -1,0 +1,117 @@
+"""What a picture of the stages' time shows: which stretch of it, what its rows and boxes are called."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from math import floor, log10, sqrt
+
+from lemix_common.errors import BadInput
+from lemix_studies.intervals import Interval
+from lemix_studies.pieces import INFERENCE, TRAINING, Piece
+
+LONGEST_WINDOW_S = 20.0
+WIDE_BOX = 1 / 80
+"""Of a picture's width: in the window that is chosen, half of the busy time is in boxes at least this wide."""
+
+
+def extent(pieces: Sequence[Piece]) -> Interval:
+    """From the first start to the last end of any work."""
+    work = [piece for piece in pieces if not piece.is_idle]
+    if not work:
+        raise BadInput("there is nothing to draw: no stage has reported any work")
+    return min(piece.start for piece in work), max(piece.end for piece in work)
+
+
+def chosen_window(pieces: Sequence[Piece], start_s: float | None, end_s: float | None) -> Interval:
+    """The window between two moments, those below 0 counted from the end of the last work.
+
+    What isn't given is chosen: if neither is, a stretch in which much of everything happens.
+    """
+    first, last = extent(pieces)
+    length_s = window_length(pieces)
+    start, end = (last + moment if moment is not None and moment < 0 else moment for moment in (start_s, end_s))
+    if start is None and end is None:
+        return interesting_window(pieces, length_s)
+    start = end - length_s if start is None else start
+    end = start + length_s if end is None else end
+    if not start < end or start >= last or end <= first:
+        raise BadInput(f"there is nothing between {start:g} and {end:g} s: work was reported from {first:g} to {last:g} s")
+    return start, end
+
+
+def window_length(pieces: Sequence[Piece]) -> float:
+    """One in which half of the busy time is in boxes wide enough to tell apart, rounded to 1, 2 or 5."""
+    ascending = sorted(piece.seconds for piece in pieces if not piece.is_idle)
+    sums = list(accumulate(ascending))
+    middle_s = ascending[bisect_left(sums, sums[-1] / 2)]
+    first, last = extent(pieces)
+    return min(_rounded(max(middle_s, 1e-3) / WIDE_BOX), LONGEST_WINDOW_S, last - first)
+
+
+def interesting_window(pieces: Sequence[Piece], length_s: float) -> Interval:
+    """The stretch of that length with most of every category: a little of many counts for more than much of one."""
+    first, last = extent(pieces)
+    tick = length_s / 4
+    seconds: defaultdict[int, defaultdict[tuple[int, str], float]] = defaultdict(lambda: defaultdict(float))
+    for piece in pieces:
+        for number in range(floor((piece.start - first) / tick), floor((piece.end - first) / tick) + 1):
+            begins = first + number * tick
+            overlap = min(piece.end, begins + tick) - max(piece.start, begins)
+            seconds[number][piece.node, piece.category] += max(0.0, overlap)
+
+    def interest(number: int) -> float:
+        totals: defaultdict[tuple[int, str], float] = defaultdict(float)
+        for later in range(number, number + 4):
+            for key, amount in seconds[later].items():
+                totals[key] += amount
+        return sum(sqrt(amount) for amount in totals.values())
+
+    starts = range(max(1, floor((last - first - length_s) / tick) + 1))
+    best = max(starts, key=lambda number: (round(interest(number), 9), -number))
+    start = first + best * tick
+    return start, start + length_s
+
+
+def item_numbers(pieces: Iterable[Piece]) -> dict[str, str]:
+    """What items are called on boxes: 7 for a request, 7' for an example.
+
+    It is the number at the end of their names where these differ in nothing else, otherwise the order of their first
+    pieces, from 1.
+    """
+    of_kind: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for piece in pieces:
+        if piece.item and piece.category != "optimizer" and not piece.is_idle:
+            of_kind["'" if piece.category in TRAINING else ""][piece.item] = None
+    return {item: f"{number}{mark}" for mark, items in of_kind.items() for item, number in _numbers(list(items))}
+
+
+def role_of(pieces: Iterable[Piece]) -> str:
+    """What a node does, by what it did: serves, trains, both or nothing."""
+    did = {piece.category for piece in pieces}
+    verbs = [verb for verb, kinds in (("serves", INFERENCE), ("trains", TRAINING)) if did.intersection(kinds)]
+    return " and ".join(verbs) or "idle"
+
+
+def shares_of(pieces: Iterable[Piece], window: Interval, num_stages: int) -> dict[str, float]:
+    """The part of some stages' time in a window that each category took."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for piece in pieces:
+        seconds[piece.category] += max(0.0, min(piece.end, window[1]) - max(piece.start, window[0]))
+    return {category: took / (num_stages * (window[1] - window[0])) for category, took in seconds.items()}
+
+
+def _numbers(items: Sequence[str]) -> list[tuple[str, int]]:
+    parts = [re.fullmatch(r"(.*?)(\d+)", item) for item in items]
+    if len({part[1] if part else item for part, item in zip(parts, items, strict=True)}) == 1 and all(parts):
+        return [(item, int(part[2])) for part, item in zip(parts, items, strict=True) if part]
+    return [(item, number) for number, item in enumerate(items, start=1)]
+
+
+def _rounded(length_s: float) -> float:
+    """The nearest of 1, 2 and 5 times a power of ten, not above."""
+    power = 10.0 ** floor(log10(length_s))
+    return max(step * power for step in (1, 2, 5) if step * power <= length_s * (1 + 1e-9))
