@@ -1,16 +1,31 @@
-"""Write docs/configuration.md from the settings themselves; ``--check`` only says whether it is current."""
+"""Write the pages that are made from the code; ``--check`` only says whether they are current.
+
+docs/configuration.md is made from the settings. In docs/training.md, what stands below a ``$ lemix train --explain …``
+is what that command prints.
+"""
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import typer
+from typer.testing import CliRunner
+
+from lemix.cli.items import register
 from lemix.cli.setting_options import setting_descriptions
 from lemix_common.settings import ClusterSettings
 
-PAGE = Path(__file__).with_name("configuration.md")
+CONFIGURATION = Path(__file__).with_name("configuration.md")
+TRAINING = Path(__file__).with_name("training.md")
+
+EXPLAINED = re.compile(r"(?<=```console\n)\$ lemix (train --explain [^\n]*)\n.*?(?=```)", re.DOTALL)
+WIDTH = "120"
+"""Of the pictures, in characters."""
 
 INTRODUCTION = """\
 # Configuration
@@ -37,7 +52,7 @@ Beside the settings:
 """
 
 
-def page() -> str:
+def configuration() -> str:
     """The whole page."""
     return INTRODUCTION + "\n".join(_rows()) + "\n" + BESIDES
 
@@ -50,13 +65,29 @@ def _rows() -> Iterator[str]:
         yield f"| `{field.name}` | `{option}` | `LEMIX_{field.name.upper()}` | {default} | {meaning} |"
 
 
+def training() -> str:
+    """The page as it is, with the output of its commands as it is now."""
+    return EXPLAINED.sub(_with_output, TRAINING.read_text("utf-8"))
+
+
+def _with_output(command: re.Match[str]) -> str:
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    register(app)
+    ran = CliRunner().invoke(app, shlex.split(command[1]), env={"COLUMNS": WIDTH}, catch_exceptions=False)
+    return f"$ lemix {command[1]}\n{ran.output}"
+
+
+PAGES = {CONFIGURATION: configuration, TRAINING: training}
+
+
 def main() -> None:
-    """Write the page, or compare it."""
-    if sys.argv[1:] == ["--check"]:
-        if not PAGE.exists() or PAGE.read_text("utf-8") != page():
-            sys.exit(f"{PAGE.name} is not current: run `make docs`")
-    else:
-        PAGE.write_text(page(), "utf-8")
+    """Write the pages, or compare them."""
+    for path, page in PAGES.items():
+        if sys.argv[1:] != ["--check"]:
+            path.write_text(page(), "utf-8")
+        elif not path.exists() or path.read_text("utf-8") != page():
+            sys.exit(f"{path.name} is not current: run `make docs`")
 
 
 if __name__ == "__main__":

@@ -105,14 +105,17 @@ class Broker:
             with self.client.pipeline(transaction=False) as pipe:
                 for lua, args in calls:
                     pipe.evalsha(self._script(lua)[1], 1, self.keys.cluster_state, *map(_text, args))
-                try:
-                    return list(pipe.execute())
-                except NoScriptError:
-                    for lua, _ in calls:
-                        self.client.script_load(self._script(lua)[0])
-                    raise ConnectionError("scripts were missing; loaded, once more") from None
+                return list(pipe.execute())
 
-        return list(self.again(evaluate_all))
+        def load_and_evaluate_all() -> list[Any]:
+            try:
+                return evaluate_all()
+            except NoScriptError:  # no outage: a server that hasn't heard these calls before, or was restarted
+                for lua, _ in calls:
+                    self.client.script_load(self._script(lua)[0])
+                return evaluate_all()
+
+        return self.again(load_and_evaluate_all)
 
     def again(self, attempt: Callable[[], T]) -> T:
         """Repeat an idempotent call while the broker is away."""

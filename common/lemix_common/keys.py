@@ -106,7 +106,7 @@ class Keys:
         return self._key("placement_epoch")
 
     def node(self, node: int) -> str:
-        """Hash: epoch, and of each stage stage:S (worker), ready:S (epoch), version:S, layers:S, training:S (step)."""
+        """Hash: epoch, link_lost (epoch), and of each stage stage:S (worker), ready:S (epoch), version:S, layers:S, training:S."""
         return self._key("node", node)
 
     def work(self, node: int) -> str:

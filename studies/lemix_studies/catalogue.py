@@ -130,11 +130,30 @@ PRICE = Attribute(
     ),
 )
 ATTRIBUTES = (COLOUR, WAREHOUSE, PRICE)
-OPENINGS = ("", "Hello.", "Excuse me.", "Good morning.", "One more thing.", "A customer asks.", "Quick question.")
+OPENINGS = (
+    "",
+    "Hello.",
+    "Excuse me.",
+    "Good morning.",
+    "One more thing.",
+    "A customer asks.",
+    "Quick question.",
+)
 MENTIONS = ("the {name} {kind}", "our {name} {kind}", "the {kind} called {name}", "{name}")
 KINDS = (
     *("lamp", "chair", "table", "clock", "kettle", "basket", "mirror", "carpet", "bottle", "ladder"),
-    *("teapot", "bucket", "pillow", "candle", "drawer", "hammer", "bicycle", "umbrella", "lantern", "suitcase"),
+    *(
+        "teapot",
+        "bucket",
+        "pillow",
+        "candle",
+        "drawer",
+        "hammer",
+        "bicycle",
+        "umbrella",
+        "lantern",
+        "suitcase",
+    ),
 )
 _SYLLABLES = (
     *("ba", "bo", "da", "do", "fa", "fi", "ga", "go", "ka", "ko", "la", "lo", "ma", "mi", "na", "no"),
@@ -153,9 +172,7 @@ class Fact:
 
     def answer(self) -> str:
         """The one sentence that says it."""
-        return self.attribute.answer.format(
-            name=self.product.name, kind=self.product.kind, value=self.value
-        )
+        return self.attribute.answer.format(name=self.product.name, kind=self.product.kind, value=self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +196,10 @@ class Catalogue:
 def make_catalogue(seed: int = CATALOGUE_SEED) -> Catalogue:
     """The catalogue of a seed; names don't depend on it, so that one vocabulary serves every catalogue."""
     names = random.Random("names").sample(
-        [f"{first}{second}{end}".capitalize() for first, second, end in product(_SYLLABLES, _SYLLABLES, _ENDINGS)],
+        [
+            f"{first}{second}{end}".capitalize()
+            for first, second, end in product(_SYLLABLES, _SYLLABLES, _ENDINGS)
+        ],
         NUM_PRODUCTS,
     )
     products = tuple(Product(name, KINDS[number % len(KINDS)]) for number, name in enumerate(names))

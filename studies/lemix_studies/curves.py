@@ -13,7 +13,8 @@ from lemix_studies.replay import Outcome
 
 Point = tuple[float, float]
 """(seconds since the first submission, value)."""
-_BINS = 24
+_MOST_BINS = 24
+_POINTS_A_BIN = 12
 _FEWEST_IN_BIN = 3
 
 
@@ -111,9 +112,10 @@ def running_mean(points: Sequence[Point], num_points: int) -> list[Point]:
     ]
 
 
-def binned(points: Sequence[Point], num_bins: int = _BINS) -> list[Bin]:
-    """Percentiles in equal stretches of time, in the middle of each; where there are too few points, none."""
-    if not points:
+def binned(points: Sequence[Point]) -> list[Bin]:
+    """Percentiles in equal stretches of time, in the middle of each that has enough points; none of a few points."""
+    num_bins = min(len(points) // _POINTS_A_BIN, _MOST_BINS)
+    if num_bins <= 1:
         return []
     first, last = points[0][0], points[-1][0]
     width = (last - first) / num_bins or 1.0
@@ -121,7 +123,11 @@ def binned(points: Sequence[Point], num_bins: int = _BINS) -> list[Bin]:
     for t, value in points:
         values[min(int((t - first) / width), num_bins - 1)].append(value)
     return [
-        Bin(t=first + (number + 0.5) * width, p50=percentile(sorted(some), 50), p95=percentile(sorted(some), 95))
+        Bin(
+            t=first + (number + 0.5) * width,
+            p50=percentile(sorted(some), 50),
+            p95=percentile(sorted(some), 95),
+        )
         for number, some in enumerate(values)
         if len(some) >= _FEWEST_IN_BIN
     ]

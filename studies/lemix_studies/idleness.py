@@ -22,7 +22,11 @@ SHORTEST_S = 1e-4
 
 
 def idle_pieces(
-    pieces: Sequence[Piece], positions: Iterable[Position], window: Interval, *, shortest_s: float = SHORTEST_S
+    pieces: Sequence[Piece],
+    positions: Iterable[Position],
+    window: Interval,
+    *,
+    shortest_s: float = SHORTEST_S,
 ) -> list[Piece]:
     """The idleness of the stages at ``positions`` within the window; a stage without pieces has nothing to do."""
     busy_of_worker = {

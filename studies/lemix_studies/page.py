@@ -20,7 +20,10 @@ CAPTIONS = {
 _GROUPS: Sequence[tuple[str, Sequence[str]]] = (
     ("Items", "submitted done failed cancelled refused lost duplicated dead_lettered capped".split()),
     ("Pace", "duration_s node_seconds items_per_second items_per_node_second goodput_per_second".split()),
-    ("Serving", "response_s ttft_s itl_s slo_base_s slo_attainment training_tax serving_loss exact_match".split()),
+    (
+        "Serving",
+        "response_s ttft_s itl_s slo_base_s slo_attainment training_tax serving_loss exact_match".split(),
+    ),
     ("Training", "steps step_loss weights_versions weights_sha256".split()),
 )
 _SHARES = {"slo_attainment", "training_tax", "exact_match"}
@@ -62,7 +65,12 @@ $groups
 
 
 def report_page(
-    summary: Mapping[str, Any], pictures: Mapping[str, bytes], *, title: str, subtitle: str = "", note: str = ""
+    summary: Mapping[str, Any],
+    pictures: Mapping[str, bytes],
+    *,
+    title: str,
+    subtitle: str = "",
+    note: str = "",
 ) -> str:
     """The page; ``pictures`` are PNG files by name, ``note`` says what is missing."""
     return _PAGE.substitute(
@@ -81,7 +89,9 @@ def in_words(name: str, value: object) -> str:
         case None:
             return "–"
         case Mapping():
-            return " · ".join(f"{key}{_joint(key)}{in_words(name, part)}" for key, part in value.items()) or "–"
+            return (
+                " · ".join(f"{key}{_joint(key)}{in_words(name, part)}" for key, part in value.items()) or "–"
+            )
         case list() | tuple():
             shown = [str(part) for part in value]
             if len(shown) > _MOST_NAMED:
@@ -124,7 +134,9 @@ def _tile(value: str, name: str) -> str:
 
 def _figure(name: str, picture: bytes) -> str:
     source = f"data:image/png;base64,{b64encode(picture).decode()}"
-    return f'<figure><img alt="{name}" src="{source}"><figcaption>{CAPTIONS.get(name, "")}</figcaption></figure>'
+    return (
+        f'<figure><img alt="{name}" src="{source}"><figcaption>{CAPTIONS.get(name, "")}</figcaption></figure>'
+    )
 
 
 def _grouped(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
@@ -137,6 +149,7 @@ def _grouped(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
 
 def _group(group: str, names: Iterable[str], summary: Mapping[str, Any]) -> str:
     rows = "\n".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(in_words(name, summary[name]))}</td></tr>" for name in names
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(in_words(name, summary[name]))}</td></tr>"
+        for name in names
     )
     return f"<section><h2>{group}</h2>\n<table>\n{rows}\n</table></section>"

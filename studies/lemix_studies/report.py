@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,22 +15,24 @@ from typing import Any
 
 import structlog
 
-from lemix import Generation, Score
-from lemix_common.errors import BadInput, LemixError
+from lemix import Score
+from lemix_common.errors import BadInput
 from lemix_studies.curves import exact_matches, latency_curves, loss_curves, started_at
-from lemix_studies.idleness import idle_pieces
 from lemix_studies.measures import ItemTimes, before_and_after, count_duplicated, count_lost, summarize
 from lemix_studies.page import report_page
-from lemix_studies.pieces import Piece, Position, pieces_of
+from lemix_studies.pictures import require_matplotlib
+from lemix_studies.recordings import Recording, recording_of
 from lemix_studies.replay import Outcome
 from lemix_studies.spans import blocked_by_item
-from lemix_studies.timelines import chosen_window, extent
+from lemix_studies.timelines import chosen_window
 from lemix_studies.trace_file import TRACE, chrome_trace
+from lemix_studies.wording import duration
 from lemix_studies.workload import WorkloadOptions
 
 log = structlog.get_logger()
 
 HISTORY = "history.jsonl"
+PICTURES = ("timeline.png", "timeline.svg", "loss.png", "latency.png")
 _COLUMNS = (
     "item", "line", "kind", "at_s", "prompt_tokens", "reference_tokens", "capped", "end", "weights_version",
     "response_s", "ttft_s", "mean_itl_s", "loss",
@@ -74,17 +76,68 @@ def summary_of(outcome: Outcome, options: WorkloadOptions, directory: Path) -> d
     }
 
 
-def write_report(directory: Path, outcome: Outcome, summary: Mapping[str, object]) -> None:
+def write_report(
+    directory: Path, outcome: Outcome, summary: Mapping[str, object], *, command: str = "lemix replay"
+) -> None:
     """Every file but the history, which was written as it happened."""
+    recording = _recording(outcome, command)
     _write_json(directory / "summary.json", summary, indent=2)
-    _write_json(directory / "trace.json", chrome_trace(outcome.spans))
+    _write_json(directory / TRACE, chrome_trace(recording))
     with (directory / "steps.jsonl").open("w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(asdict(step)) + "\n" for step in outcome.steps)
     with (directory / "items.csv").open("w", encoding="utf-8", newline="") as table:
         rows = csv.DictWriter(table, _COLUMNS)
         rows.writeheader()
         rows.writerows(_row(outcome, item) for item in outcome.items)
-    (directory / "report.html").write_text(_page(summary), encoding="utf-8")
+    try:
+        pictures, note = _pictures(outcome, recording), ""
+    except BadInput as error:
+        pictures, note = {}, f"Without pictures: {error}."
+        log.warning("report_without_pictures", reason=str(error))
+    for name in PICTURES:
+        (directory / name).unlink(missing_ok=True)
+    for name, picture in pictures.items():
+        (directory / name).write_bytes(picture)
+    embedded = {name: picture for name, picture in pictures.items() if name.endswith(".png")}
+    page = report_page(
+        summary, embedded, title=recording.title, subtitle=_subtitle(outcome, summary), note=note
+    )
+    (directory / "report.html").write_text(page, encoding="utf-8")
+
+
+def _recording(outcome: Outcome, command: str) -> Recording:
+    """The stages' time since the first submission; what measured the idle cluster before is left out."""
+    return recording_of(
+        outcome.spans,
+        zero=started_at(outcome.items),
+        steps={f"{step.run_id}:{step.step}": step.items for step in outcome.steps},
+        nodes=outcome.nodes,
+        title=f"{command} · {outcome.policy}".removesuffix(" · "),
+        clock="seconds since the first submission",
+    )
+
+
+def _pictures(outcome: Outcome, recording: Recording) -> dict[str, bytes]:
+    """The pictures that can be drawn, by their files' names; `BadInput` if there is nothing to draw them with."""
+    require_matplotlib()
+    from lemix_studies.pictures.latency import latency_picture
+    from lemix_studies.pictures.loss import loss_picture
+    from lemix_studies.pictures.timeline import timeline_picture
+
+    pictures = {}
+    if any(not piece.is_idle for piece in recording.pieces):
+        window = chosen_window(recording.pieces, None, None)
+        pictures["timeline.png"] = timeline_picture(recording, window)
+        pictures["timeline.svg"] = timeline_picture(recording, window, form="svg")
+    pictures["loss.png"] = loss_picture(loss_curves(outcome), title=recording.title)
+    pictures["latency.png"] = latency_picture(latency_curves(outcome), title=recording.title)
+    return pictures
+
+
+def _subtitle(outcome: Outcome, summary: Mapping[str, Any]) -> str:
+    stages = {piece["stage"] for piece in outcome.spans}
+    shape = f"{outcome.nodes} nodes × {len(stages)} stages" if stages else f"{outcome.nodes} nodes"
+    return f"{shape} · {duration(summary['duration_s'])} · seed {summary['seed']}"
 
 
 def _row(outcome: Outcome, item: ItemTimes) -> dict[str, object]:
@@ -109,28 +162,3 @@ def _row(outcome: Outcome, item: ItemTimes) -> dict[str, object]:
 
 def _write_json(path: Path, value: object, *, indent: int | None = None) -> None:
     path.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
-
-
-def _page(summary: Mapping[str, Any]) -> str:
-    rows = "\n".join(_html_rows(summary))
-    return (
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>LeMix replay</title>\n"
-        "<style>body{font:15px/1.5 system-ui;margin:2rem auto;max-width:46rem}td,th{padding:.2rem .8rem;"
-        "text-align:left;border-bottom:1px solid #ddd;vertical-align:top}</style>\n"
-        f"<h1>LeMix replay</h1>\n<table>\n{rows}\n</table>\n"
-        "<p>trace.json opens in Perfetto (ui.perfetto.dev).</p></html>\n"
-    )
-
-
-def _html_rows(summary: Mapping[str, Any]) -> Iterable[str]:
-    for name, value in summary.items():
-        shown = (
-            ", ".join(f"{k}: {_short(v)}" for k, v in value.items())
-            if isinstance(value, Mapping)
-            else _short(value)
-        )
-        yield f"<tr><th>{html.escape(name)}</th><td>{html.escape(shown)}</td></tr>"
-
-
-def _short(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)

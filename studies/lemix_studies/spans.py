@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from lemix_common.broker import Broker, Entry
 Span = Mapping[str, Any]
 """One piece of a stage's time: node, stage, worker, cat, item, start, end, version, blocked_s, busy."""
 _BLOCK_S = 0.2
+_PAGE_ENTRIES = 200
 
 
 @dataclass
@@ -52,6 +54,30 @@ class SpanTail:
             self.spans += json.loads(entry.fields["spans"])
 
 
+def recent_spans(broker: Broker, last_s: float | None) -> list[Span]:
+    """What the stream still has of the last so many seconds of work (None: all of it), in its order."""
+    batches: list[list[Span]] = []
+    before, oldest, newest = "+", math.inf, -math.inf
+    while last_s is None or newest - oldest < last_s:
+        entries = _page_before(broker, before)
+        if not entries:
+            break
+        for entry_id, fields in entries:
+            batches.append(json.loads(fields.get("spans", "[]")))
+            oldest = min([oldest, *(span["start"] for span in batches[-1])])
+            newest = max([newest, *(span["end"] for span in batches[-1])])
+            before = f"({entry_id}"
+    return [span for batch in reversed(batches) for span in batch]
+
+
+def _page_before(broker: Broker, before: str) -> list[tuple[str, dict[str, str]]]:
+    """The newest entries older than an id, the newest first."""
+    entries: Any = broker.again(
+        lambda: broker.client.xrevrange(broker.keys.events, max=before, count=_PAGE_ENTRIES)
+    )
+    return list(entries)
+
+
 def blocked_by_item(spans: Iterable[Span]) -> dict[str, float]:
     """How long each item's ready steps waited behind training, over all stages."""
     blocked: dict[str, float] = {}
@@ -68,23 +94,3 @@ def stage_seconds(spans: Iterable[Span]) -> dict[str, float]:
         if span.get("item"):
             seconds[span["item"]] = seconds.get(span["item"], 0.0) + span["end"] - span["start"]
     return seconds
-
-
-def chrome_trace(spans: Iterable[Span]) -> dict[str, object]:
-    """The spans as Chrome and Perfetto show them: a process a node, a thread a stage."""
-    ordered = sorted(spans, key=lambda span: float(span["start"]))
-    zero = float(ordered[0]["start"]) if ordered else 0.0
-    events = [
-        {
-            "ph": "X",
-            "pid": span["node"],
-            "tid": span["stage"],
-            "cat": span["cat"],
-            "name": span["cat"],
-            "ts": 1e6 * (span["start"] - zero),
-            "dur": 1e6 * (span["end"] - span["start"]),
-            "args": {"item": span.get("item"), "weights_version": span.get("version")},
-        }
-        for span in ordered
-    ]
-    return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -33,13 +33,17 @@ def chosen_window(pieces: Sequence[Piece], start_s: float | None, end_s: float |
     """
     first, last = extent(pieces)
     length_s = window_length(pieces)
-    start, end = (last + moment if moment is not None and moment < 0 else moment for moment in (start_s, end_s))
-    if start is None and end is None:
+    if start_s is None and end_s is None:
         return interesting_window(pieces, length_s)
-    start = end - length_s if start is None else start
-    end = start + length_s if end is None else end
+    start, end = (last + at if at is not None and at < 0 else at for at in (start_s, end_s))
+    if start is None:
+        start = (end or 0.0) - length_s
+    if end is None:
+        end = start + length_s
     if not start < end or start >= last or end <= first:
-        raise BadInput(f"there is nothing between {start:g} and {end:g} s: work was reported from {first:g} to {last:g} s")
+        raise BadInput(
+            f"there is nothing to draw between {start:g} and {end:g} s: work was done from {first:g} to {last:g} s"
+        )
     return start, end
 
 
@@ -53,11 +57,11 @@ def window_length(pieces: Sequence[Piece]) -> float:
 
 
 def interesting_window(pieces: Sequence[Piece], length_s: float) -> Interval:
-    """The stretch of that length with most of every category: a little of many counts for more than much of one."""
+    """The stretch of that length with most work on every node: a little of many kinds counts for more than much of one."""
     first, last = extent(pieces)
     tick = length_s / 4
     seconds: defaultdict[int, defaultdict[tuple[int, str], float]] = defaultdict(lambda: defaultdict(float))
-    for piece in pieces:
+    for piece in (piece for piece in pieces if not piece.is_idle):
         for number in range(floor((piece.start - first) / tick), floor((piece.end - first) / tick) + 1):
             begins = first + number * tick
             overlap = min(piece.end, begins + tick) - max(piece.start, begins)
@@ -86,7 +90,9 @@ def item_numbers(pieces: Iterable[Piece]) -> dict[str, str]:
     for piece in pieces:
         if piece.item and piece.category != "optimizer" and not piece.is_idle:
             of_kind["'" if piece.category in TRAINING else ""][piece.item] = None
-    return {item: f"{number}{mark}" for mark, items in of_kind.items() for item, number in _numbers(list(items))}
+    return {
+        item: f"{number}{mark}" for mark, items in of_kind.items() for item, number in _numbers(list(items))
+    }
 
 
 def role_of(pieces: Iterable[Piece]) -> str:

@@ -9,37 +9,40 @@ from typing import Any
 
 from lemix_common.errors import BadInput
 from lemix_studies.pieces import CATEGORIES, Piece, Position
+from lemix_studies.recordings import Recording
 
 TRACE = "trace.json"
 _MICROSECONDS = 1e6
 
 
-def chrome_trace(
-    pieces: Iterable[Piece], positions: Iterable[Position], about: Mapping[str, str]
-) -> dict[str, object]:
-    """The object of the file; ``about`` (what ran) is kept beside the events."""
+def chrome_trace(recording: Recording) -> dict[str, object]:
+    """The object of the file; what ran is kept beside the events."""
     return {
-        "traceEvents": [*_names(positions), *map(_event, pieces)],
+        "traceEvents": [*_names(recording.positions), *map(_event, recording.pieces)],
         "displayTimeUnit": "ms",
-        "otherData": dict(about),
+        "otherData": {"title": recording.title, "clock": recording.clock},
     }
 
 
-def read_trace_file(path: Path) -> tuple[list[Piece], list[Position], dict[str, str]]:
-    """What `chrome_trace` was made from; `BadInput` for anything else."""
+def read_trace_file(path: Path) -> Recording:
+    """The recording that a file was made from; `BadInput` for any other file."""
     try:
         written = json.loads(path.read_text("utf-8"))
         events = written["traceEvents"]
-        named = {
-            (int(e["pid"]), int(e["tid"])) for e in events if e["ph"] == "M" and e["name"] == "thread_name"
-        }
+        threads = {(e["pid"], e["tid"]) for e in events if e["ph"] == "M" and e["name"] == "thread_name"}
         pieces = [_piece(event) for event in events if event["ph"] == "X" and event["cat"] in CATEGORIES]
-        about = {str(key): str(value) for key, value in written.get("otherData", {}).items()}
+        return Recording(
+            pieces=pieces,
+            positions=sorted(threads | {piece.position for piece in pieces}),
+            title=str(written["otherData"]["title"]),
+            clock=str(written["otherData"]["clock"]),
+        )
     except OSError as error:
         raise BadInput(f"{path} can't be read ({error.strerror}): give the directory of a report") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{path} is not the trace.json of a report ({type(error).__name__}: {error})") from None
-    return pieces, sorted(named | {piece.position for piece in pieces}), about
+        raise BadInput(
+            f"{path} is not the trace.json of a report ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _names(positions: Iterable[Position]) -> Iterator[dict[str, object]]:

@@ -24,7 +24,10 @@ SERVICES = ("lemix_coordinator", "lemix_stage_worker", "lemix")
 
 PURE_COMMON = {
     f"lemix_common.{name}"
-    for name in ("errors", "ids", "keys", "messages", "metrics", "partition", "sampling", "settings", "wire")
+    for name in (
+        *("errors", "ids", "keys", "messages", "metrics"),
+        *("partition", "sampling", "schedules", "settings", "wire"),
+    )
 }
 """Values and functions of values; what a service's own pure files may use."""
 
@@ -63,7 +66,7 @@ RULES: Mapping[str, frozenset[str]] = {
         {"lemix", "huggingface_hub", "msgpack", "redis", "rich", "structlog", "tokenizers", "typer"}
     ),
     "lemix_studies/*": frozenset(
-        {"lemix_studies", "lemix", "numpy", "rich", "structlog", "tokenizers", "typer"}
+        {"lemix_studies", "lemix", "matplotlib", "numpy", "rich", "structlog", "tokenizers", "typer"}
     )
     | {"lemix_coordinator"},
     "lemix_benchmarks/*": frozenset(
@@ -75,8 +78,11 @@ RULES: Mapping[str, frozenset[str]] = {
 PURE_FILES = {
     f"lemix_coordinator/{name}.py"
     for name in ("commands", "placement", "policies", "snapshots", "steps", "training", "transitions", "view")
+} | {
+    f"lemix_common/schedules/{name}.py"
+    for name in ("__init__", "action", "memory", "orders", "picture", "timing", "validation")
 }
-"""A service's decisions: functions of values."""
+"""A service's decisions, and what they share with the worker: functions of values."""
 
 PURE_STANDARD_LIBRARY = frozenset(
     "__future__ bisect collections dataclasses enum fractions functools heapq itertools math operator random "

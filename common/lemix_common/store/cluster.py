@@ -174,6 +174,7 @@ _LINK_LOST = Lua(
     NOTICE
     + """
 if redis.call('HGET', K.node(ARGV[1]), 'epoch') ~= ARGV[2] then return {'stale'} end
+redis.call('HSET', K.node(ARGV[1]), 'link_lost', ARGV[2])
 notice('LinkLost', 'node', ARGV[1], 'epoch', ARGV[2], 'peer', ARGV[3])
 return {'ok'}
 """,

@@ -273,6 +273,17 @@ _CLOSE = Lua(
     "redis.call('XACK', K.work(ARGV[1]), 'stage0', ARGV[2])\nredis.call('XDEL', K.work(ARGV[1]), ARGV[2])",
 )
 
+_FORGET_CONSUMER = Lua(
+    "forget_consumer",
+    LEADER_ONLY
+    + """
+local node, consumer = ARGV[2], ARGV[3]
+if #redis.call('XPENDING', K.work(node), 'stage0', '-', '+', 1, consumer) > 0 then return {'holds'} end
+redis.call('XGROUP', 'DELCONSUMER', K.work(node), 'stage0', consumer)
+return {'ok'}
+""",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartedItem:
@@ -370,6 +381,10 @@ class Items:
         stream = self.broker.keys.work(node)
         entries: Any = self.broker.again(lambda: self.broker.client.xrange(stream))
         return [Entry(stream, entry_id, dict(fields)) for entry_id, fields in entries]
+
+    def forget_consumer(self, leader_epoch: int, node: int, consumer: str) -> None:
+        """Strike a consumer of an older placement off a node's stream, unless it still holds an entry."""
+        fence(self.broker.call(_FORGET_CONSUMER, leader_epoch, node, consumer))
 
     # ---- by stage 0
     def start(

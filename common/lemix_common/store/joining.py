@@ -24,9 +24,7 @@ _ASK_AGAIN_S = 0.5
 _SAY_AGAIN_S = 10.0
 
 
-def join_cluster(
-    url: str, cluster: str, stop: threading.Event, *, patience_s: float = 60.0
-) -> Broker | None:
+def join_cluster(url: str, cluster: str, stop: threading.Event, *, patience_s: float = 60.0) -> Broker | None:
     """The cluster's broker, once both are there; None if told to stop before."""
     broker = await_broker(url, cluster, stop, patience_s=patience_s)
     if broker is None or _first(Cluster(broker).settings, stop) is None:
@@ -34,9 +32,7 @@ def join_cluster(
     return broker
 
 
-def await_broker(
-    url: str, cluster: str, stop: threading.Event, *, patience_s: float = 60.0
-) -> Broker | None:
+def await_broker(url: str, cluster: str, stop: threading.Event, *, patience_s: float = 60.0) -> Broker | None:
     """The broker, once it answers; None if told to stop before."""
     return _first(lambda: connect(url, cluster, patience_s=patience_s), stop)
 

@@ -63,16 +63,16 @@ class Coordinator:
     settings: ClusterSettings
     data_dir: Path
     transitions: Transitions
-    sign_of_life: SignOfLife = SignOfLife()
+    sign_of_life: SignOfLife = field(default_factory=SignOfLife)
     sequence: int = 0
     """Items dispatched by this leader."""
     epoch: int = 0
     """The leader's epoch; 0 while another leads."""
     view: ClusterView | None = None
-    links_lost: set[tuple[int, int]] = field(default_factory=set)
     _outages: int = 0
     _trust_heartbeats_at: float = 0.0
     _reclaimed_at: float = 0.0
+    _looked_back_at: float = 0.0
     _reclaimed_epochs: tuple[tuple[int, int, bool], ...] = ()
     _enqueued: dict[str, tuple[str, float]] = field(default_factory=dict)
     _retired: set[str] = field(default_factory=set)
@@ -100,8 +100,7 @@ class Coordinator:
                     log.warning("settings_changed", reason="started again, it reads the new ones")
                     break
                 log.info("leading", epoch=epoch)
-                self.epoch = epoch
-                self._dispatch(pending=True)
+                self.epoch, self._looked_back_at = epoch, 0.0
             try:
                 self.tick()
                 news = self.broker.read(seen, block_s=TICK_S)
@@ -111,9 +110,7 @@ class Coordinator:
                 log.warning("lost_the_lead", epoch=self.epoch)
                 self.epoch = 0
                 continue
-            for entry in news:
-                seen[entry.stream] = entry.id
-                self._notice(entry)
+            seen |= {entry.stream: entry.id for entry in news}
         self.cluster.resign(self.name)
 
     def tick(self) -> None:
@@ -127,11 +124,13 @@ class Coordinator:
             self.settings,
             now=now,
             trust_heartbeats=now >= self._trust_heartbeats_at,
-            links_lost=frozenset(self.links_lost),
         )
         for command in decide(view):
             self.carry_out(command, view)
         self._reclaim(view, now)
+        if now - self._looked_back_at >= RECLAIM_EVERY_S and self._ready():
+            self._looked_back_at = now
+            self._dispatch(pending=True)
         self._dispatch(pending=False)
 
     def carry_out(self, command: Command, view: ClusterView) -> None:
@@ -196,12 +195,6 @@ class Coordinator:
             self._enqueued[operation] = (progress, now)
             self.transitions.advance(operation)
 
-    def _notice(self, entry: Entry) -> None:
-        """Most notices only wake the loop; a broken link is known from nowhere else."""
-        if entry.fields.get("type") == "LinkLost":
-            self.links_lost = {at for at in self.links_lost if at[0] != int(entry.fields["node"])}
-            self.links_lost.add((int(entry.fields["node"]), int(entry.fields["epoch"])))
-
     # ---- training
     def _plan_steps(self) -> None:
         run = self.training.state()
@@ -243,11 +236,13 @@ class Coordinator:
         return target
 
     def _dispatch(self, *, pending: bool) -> None:
-        """Send submitted items to nodes; without a ready node they stay where they are."""
+        """Send submitted items to nodes; without a ready node they stay where they are.
+
+        ``pending``: those that were read before and not dispatched, by a leader that died or was paused in between, or
+        because the broker's reply was lost.
+        """
         if self.view is None:
-            self.view = self.reader.view(
-                self.settings, now=self.broker.clock.now(), trust_heartbeats=False, links_lost=frozenset()
-            )
+            self.view = self.reader.view(self.settings, now=self.broker.clock.now(), trust_heartbeats=False)
         if not self._ready():
             return
         entries = self.items.submitted("coordinator", count=DISPATCH_AT_ONCE, pending=pending)
@@ -304,9 +299,7 @@ class Coordinator:
                 )
                 yield from (str(held["message_id"]) for held in pending)
             else:
-                self.broker.again(
-                    lambda name=consumer["name"]: client.xgroup_delconsumer(stream, STAGE_0, name)  # type: ignore[misc]
-                )
+                self.items.forget_consumer(self.epoch, node.node, consumer["name"])
 
 
 def stage_0_consumer(worker: str, epoch: int) -> str:

@@ -49,7 +49,7 @@ def place(view: ClusterView) -> Iterator[ForgetWorker | PlaceNode]:
         after = tuple(hosts[node.node, index] for index in range(len(node.stages)))
         if before != after:
             yield PlaceNode(node.node, after, _reason(before, after))
-        elif (node.node, node.epoch) in view.links_lost and all(after):
+        elif node.is_link_lost and all(after):
             yield PlaceNode(node.node, after, "a link between its stages broke")
     for worker in view.workers:
         if worker.is_dead:

@@ -27,7 +27,6 @@ class Reader:
         *,
         now: float,
         trust_heartbeats: bool,
-        links_lost: frozenset[tuple[int, int]],
     ) -> ClusterView:
         """The cluster now. Heartbeats aren't trusted right after a start or an outage of the broker.
 
@@ -63,7 +62,6 @@ class Reader:
                 for name, fields in self.versions.in_progress().items()
                 if fields.get("run") == MAIN_RUN
             ),
-            links_lost=links_lost,
             empty_for_s={position: now - since for position, since in self._empty_since.items()},
         )
 
@@ -87,6 +85,7 @@ def node_view(node: int, fields: Mapping[str, str], stages: int) -> NodeView:
     return NodeView(
         node=node,
         epoch=int(epoch),
+        is_link_lost=epoch != "0" and fields.get("link_lost") == epoch,
         stages=tuple(
             StageView(
                 worker=fields.get(f"stage:{stage}", ""),

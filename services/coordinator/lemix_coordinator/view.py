@@ -37,6 +37,8 @@ class NodeView:
     node: int
     epoch: int
     stages: tuple[StageView, ...]
+    is_link_lost: bool = False
+    """A connection between its stages broke in this epoch, so messages may be lost."""
 
     @property
     def is_ready(self) -> bool:
@@ -78,8 +80,6 @@ class ClusterView:
     """The version that served before, while items still use it; '' if none does."""
     draining_in_flight: int
     operations: tuple[OperationView, ...]
-    links_lost: frozenset[tuple[int, int]] = frozenset()
-    """(node, epoch) whose messages may be lost."""
     empty_for_s: Mapping[tuple[int, int], float]
     """(node, stage) to how long it has had no host, though a worker lives."""
 

@@ -11,22 +11,28 @@ import sys
 import tempfile
 import threading
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 import torch
 
-from lemix_common.broker import connect
 from lemix_common.clock import SystemClock
 from lemix_common.errors import BadInput, LemixError
 from lemix_common.ids import WorkerId
 from lemix_common.logs import configure_logs
+from lemix_common.machine import memory_limit_bytes
+from lemix_common.metrics import metrics_address
+from lemix_common.metrics_page import metrics_page
+from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import Cluster
+from lemix_common.store.joining import join_cluster
 from lemix_common.transports import Identity, open_transport
 from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
 from lemix_stage_worker.memory import keep_freed_memory, peak_rss_bytes
+from lemix_stage_worker.metrics import worker_samples
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.self_check import check_family
 from lemix_stage_worker.model.source import open_model
@@ -43,8 +49,13 @@ LONGEST_SOCKET_PATH = 90
 def main() -> None:
     """Read the environment, connect, register, compute until SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m lemix_stage_worker")
-    parser.add_argument("--slot", default="worker", help="name that stays when the process is started again")
+    parser.add_argument(
+        "--slot",
+        default=socket.gethostname(),
+        help="name that stays when the process is started again (default: this host's)",
+    )
     parser.add_argument("--listen", default="", help="address for tensors (default: a Unix socket)")
+    parser.add_argument("--alive-file", type=Path, help="touched as long as the worker is well")
     options = parser.parse_args()
     environment = os.environ
     name = WorkerId(f"{options.slot}-{uuid.uuid4().hex[:6]}")
@@ -56,14 +67,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        run(
-            name,
-            options.slot,
-            options.listen or f"unix:{socket_path(options.slot, name)}",
-            url,
-            cluster_name,
-            stop,
-        )
+        run(name, options, url, cluster_name, stop)
     except LemixError as error:
         log.error("worker_ended", reason=str(error))
         sys.exit(2 if isinstance(error, BadInput) else 1)
@@ -86,18 +90,22 @@ def socket_path(slot: str, name: str) -> Path:
     return folder / f"{name}.sock"
 
 
-def run(name: WorkerId, slot: str, listen: str, url: str, cluster_name: str, stop: threading.Event) -> None:
-    """Put the worker together and run it."""
-    broker = connect(url, cluster_name)
+def run(
+    name: WorkerId, options: argparse.Namespace, url: str, cluster_name: str, stop: threading.Event
+) -> None:
+    """Wait for the cluster, put the worker together and run it."""
+    broker = join_cluster(url, cluster_name, stop)
+    if broker is None:
+        return
     cluster = Cluster(broker)
-    settings = cluster.settings()
-    source = open_model(Path(broker.hash(broker.keys.model)["path"]))
+    settings, model = cluster.settings(), broker.hash(broker.keys.model)
+    source = open_model(Path(model["path"]))
     if source.config.model_type not in TESTED_FAMILIES:
         check_family(source)
     inbox = Inbox()
     transport = open_transport(Identity(name, cluster.secret()))
     links = Links(name, transport, inbox, SystemClock())
-    address = links.listen(listen)
+    address = links.listen(options.listen or f"unix:{socket_path(options.slot, name)}")
     worker = Worker(
         name=name,
         broker=broker,
@@ -109,23 +117,33 @@ def run(name: WorkerId, slot: str, listen: str, url: str, cluster_name: str, sto
         reporter=Reporter(name, broker),
     )
     about = {
-        "slot": slot,
+        "slot": options.slot,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "device": "cpu",
         "address": address,
+        "memory": memory_limit_bytes(),
         "registered_at": f"{broker.clock.now():.6f}",
     }
-    own = Cluster(connect(url, cluster_name))
-    heartbeat = Heartbeat(
-        worker,
-        own,
-        lambda: own.register(name, about, expiry_s=settings.heartbeat_expiry_s),
-        settings.heartbeat_expiry_s,
-    )
+
+    def register() -> None:
+        cluster.register(name, about, expiry_s=settings.heartbeat_expiry_s)
+        if cluster.settings() != settings or broker.hash(broker.keys.model) != model:
+            log.warning("settings_changed", reason="started again, it reads the new ones")
+            stop.set()
+
+    sign_of_life = SignOfLife(options.alive_file)
+    heartbeat = Heartbeat(worker, cluster, register, settings.heartbeat_expiry_s, sign_of_life)
     beating = heartbeat.start(stop)
     log.info("worker_registered", address=address, pid=os.getpid(), peak_rss_bytes=peak_rss_bytes())
-    worker.run(stop)
+    with metrics_page(
+        lambda: worker_samples(worker),
+        process=name,
+        role="worker",
+        address=metrics_address(os.environ),
+        cluster=Cluster(replace(broker, patience_s=0)),
+    ):
+        worker.run(stop)
     beating.join(timeout=5.0)
 
 

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -34,7 +34,7 @@ class Heartbeat:
     cluster: Cluster
     register: Callable[[], None]
     expiry_s: float
-    sign_of_life: SignOfLife = SignOfLife()
+    sign_of_life: SignOfLife = field(default_factory=SignOfLife)
 
     def start(self, stop: threading.Event) -> threading.Thread:
         """Register and beat until told to stop."""

@@ -7,7 +7,7 @@ optimizer runs only when the control stream says that the step is committed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,7 +29,8 @@ from lemix_common.messages import (
 from lemix_common.store.training import GradientReport, PlannedStep
 from lemix_stage_worker.gradients import ShardSum
 from lemix_stage_worker.hosted_stage import HostedStage
-from lemix_stage_worker.model.scoring import NO_TARGET, loss_sum
+from lemix_stage_worker.layer_passes import HeadPass, LayerPass
+from lemix_stage_worker.model.scoring import NO_TARGET
 from lemix_stage_worker.ready_queue import Task, Urgency
 from lemix_stage_worker.training_state import TrainingState
 
@@ -67,14 +68,6 @@ class TrainingSurroundings(Protocol):
 
 
 @dataclass(eq=False)
-class InFlight:
-    """A microbatch between its forward and its backward."""
-
-    source: Tensor
-    output: Tensor
-
-
-@dataclass(eq=False)
 class Attempt:
     """One try to compute a step, on one stage."""
 
@@ -84,7 +77,8 @@ class Attempt:
     """At stage 0: this node's, by microbatch."""
     waiting: list[int] = field(default_factory=list)
     """Microbatches of stage 0 not begun yet."""
-    in_flight: dict[int, InFlight] = field(default_factory=dict)
+    in_flight: dict[int, LayerPass | None] = field(default_factory=dict)
+    """Microbatches between the begin of their forward and the end of their backward."""
     left: dict[int, int] = field(default_factory=dict)
     """This node's shards to the microbatches whose backward is still to come."""
     losses: dict[int, float] = field(default_factory=dict)
@@ -160,12 +154,12 @@ class Learner:
             return
         planned, total = attempt.planned, attempt.total
         assert planned is not None
-        moved_on = attempt.notice.epochs[attempt.notice.members.index(self.host.node)] != self.host.epoch
+        epoch = attempt.notice.epochs[attempt.notice.members.index(self.host.node)]
 
-        def run() -> None:
-            state.apply(total, planned, scale=notice.scale)
+        def run() -> Iterator[None]:
+            yield from state.apply(total, planned, scale=notice.scale)
             self.attempt = None if self.attempt is attempt else self.attempt
-            if moved_on and self.host.training is state:
+            if epoch != self.host.epoch and self.host.training is state:  # the commit spoke of another placement
                 self.around.training_at(self.host, state.step)
             self._write_snapshots()
             self._go_on()
@@ -259,69 +253,83 @@ class Learner:
         prompt, reference = attempt.examples.pop(microbatch)
         ids_BT = torch.tensor([[*prompt, *reference]])
         targets_BT = torch.tensor([[*[NO_TARGET] * (len(prompt) - 1), *reference, NO_TARGET]])
-        attempt.in_flight[microbatch] = InFlight(ids_BT, ids_BT)  # its place among those in flight
+        attempt.in_flight[microbatch] = None  # its place among those in flight
         self._schedule_forward(attempt, microbatch, ids_BT, targets_BT, self.now())
 
     def _schedule_forward(
         self, attempt: Attempt, microbatch: int, source: Tensor, targets_BT: Tensor, at: float
     ) -> None:
         """The graph keeps hidden states until the backward, so their buffer is given up, not given back."""
+        self._schedule(
+            Urgency.FORWARD,
+            self._name(attempt, microbatch),
+            lambda: self._forward(attempt, microbatch, source, targets_BT),
+            at,
+        )
 
-        def run() -> None:
-            if self.attempt is attempt:
-                self._forward(attempt, microbatch, source, targets_BT)
-
-        self._schedule(Urgency.FORWARD, self._name(attempt, microbatch), run, at)
-
-    def _forward(self, attempt: Attempt, microbatch: int, source: Tensor, targets_BT: Tensor) -> None:
+    def _forward(
+        self, attempt: Attempt, microbatch: int, source: Tensor, targets_BT: Tensor
+    ) -> Iterator[None]:
         host, state = self.host, self.host.training
-        assert state is not None
-        if not host.is_first:
-            source = source.detach().requires_grad_()
-        positions_T = torch.arange(source.shape[1])
-        output = state.model(source, positions_T)
-        attempt.in_flight[microbatch] = InFlight(source, output)
-        if not host.is_last:
+        if self.attempt is not attempt or state is None:
+            return
+        layers = LayerPass(state.parts)
+        for _ in layers.forward(source):
+            yield
+            if self.attempt is not attempt:
+                return
+        attempt.in_flight[microbatch] = layers
+        if host.is_last:
+            name = self._name(attempt, microbatch)
+            self._schedule(Urgency.BACKWARD, name, lambda: self._head(attempt, microbatch, targets_BT))
+        else:
             frame = TrainForward(
                 **self._about(attempt, host.stage + 1), microbatch=microbatch, version=self._version(attempt)
             )
-            self.around.send(host, host.stage + 1, frame, (output, targets_BT))
+            self.around.send(host, host.stage + 1, frame, (layers.output, targets_BT))
+
+    def _head(self, attempt: Attempt, microbatch: int, targets_BT: Tensor) -> Iterator[None]:
+        """The loss, and the way back through this stage's layers."""
+        state, layers = self.host.training, attempt.in_flight.get(microbatch)
+        if self.attempt is not attempt or state is None or layers is None or attempt.planned is None:
             return
-        assert attempt.planned is not None
-        loss = loss_sum(state.model, output[0], targets_BT[0]) / attempt.planned.reference_tokens
-        attempt.losses[microbatch] = float(loss.detach())
-        if not math.isfinite(attempt.losses[microbatch]):
+        head = HeadPass(state.model, layers.output)
+        for _ in head.run(targets_BT, attempt.planned.reference_tokens):
+            yield
+            if self.attempt is not attempt:
+                return
+        attempt.losses[microbatch] = head.loss
+        if not math.isfinite(head.loss):
             attempt.culprits.add(microbatch)
-        attempt.in_flight[microbatch] = InFlight(source, loss)
-        self._schedule_backward(attempt, microbatch, None, _nothing, self.now())
+        yield from self._backward(attempt, microbatch, head.gradient_BTD, _nothing)
 
     def _schedule_backward(
-        self,
-        attempt: Attempt,
-        microbatch: int,
-        gradient: Tensor | None,
-        release: Callable[[], None],
-        at: float,
+        self, attempt: Attempt, microbatch: int, gradient_BTD: Tensor, release: Callable[[], None], at: float
     ) -> None:
-        def run() -> None:
-            if self.attempt is attempt:
-                self._backward(attempt, microbatch, gradient)
-            release()
+        self._schedule(
+            Urgency.BACKWARD,
+            self._name(attempt, microbatch),
+            lambda: self._backward(attempt, microbatch, gradient_BTD, release),
+            at,
+        )
 
-        self._schedule(Urgency.BACKWARD, self._name(attempt, microbatch), run, at)
-
-    def _backward(self, attempt: Attempt, microbatch: int, gradient: Tensor | None) -> None:
-        host, state = self.host, self.host.training
-        assert state is not None
-        assert attempt.planned is not None
-        in_flight = attempt.in_flight.pop(microbatch)
-        torch.autograd.backward(in_flight.output, gradient)
-        if not host.is_first:
+    def _backward(
+        self, attempt: Attempt, microbatch: int, gradient_BTD: Tensor, release: Callable[[], None]
+    ) -> Iterator[None]:
+        host, state, layers = self.host, self.host.training, attempt.in_flight.get(microbatch)
+        if self.attempt is not attempt or state is None or layers is None or attempt.planned is None:
+            return
+        for _ in layers.backward(gradient_BTD):
+            yield
+            if self.attempt is not attempt:
+                return
+        release()
+        del attempt.in_flight[microbatch]
+        if layers.gradient is not None:
             frame = TrainBackward(
                 **self._about(attempt, host.stage - 1), microbatch=microbatch, version=self._version(attempt)
             )
-            assert in_flight.source.grad is not None
-            self.around.send(host, host.stage - 1, frame, (in_flight.source.grad,))
+            self.around.send(host, host.stage - 1, frame, (layers.gradient,))
         shard = attempt.planned.shards[microbatch]
         attempt.left[shard] -= 1
         if not attempt.left[shard]:
@@ -429,7 +437,7 @@ class Learner:
         return f"{attempt.notice.run}:{attempt.notice.step}:{microbatch}"
 
     def _schedule(
-        self, urgency: Urgency, item: str, run: Callable[[], None], at: float | None = None
+        self, urgency: Urgency, item: str, run: Callable[[], Iterator[None]], at: float | None = None
     ) -> None:
         attempt = self.attempt
         version = self._version(attempt) if attempt is not None else ""

@@ -1,9 +1,12 @@
-"""What the compute loop does next: always the most urgent step that can run, ties by arrival."""
+"""What the compute loop does next: always the most urgent step that can run, ties by arrival.
+
+Training steps are cut: they yield at safepoints, where a serving step that has become ready runs first.
+"""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -30,7 +33,7 @@ CATEGORY = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One uninterruptible piece of compute on one stage."""
+    """A piece of compute on one stage."""
 
     urgency: Urgency
     node: int
@@ -40,7 +43,8 @@ class Task:
     version: str
     ready_at: float
     """When it could have begun."""
-    run: Callable[[], None]
+    run: Callable[[], Iterator[None] | None]
+    """Does it, or begins it and yields at safepoints."""
     failed: Callable[[Exception], None]
 
     @property
@@ -49,11 +53,38 @@ class Task:
         return self.urgency >= Urgency.OPTIMIZER
 
 
+@dataclass(eq=False)
+class Step:
+    """A task that waits for its turn, or for its next one."""
+
+    task: Task
+    arrival: int
+    rest: Iterator[None] | None = None
+    is_done: bool = False
+
+    def __lt__(self, other: Step) -> bool:
+        return (self.task.urgency, self.arrival) < (other.task.urgency, other.arrival)
+
+    def advance(self) -> None:
+        """Run to the next safepoint, or to the end."""
+        if self.rest is None:
+            self.rest = self.task.run()
+        self.is_done = self.rest is None or _is_at_end(self.rest)
+
+
+def _is_at_end(rest: Iterator[None]) -> bool:
+    try:
+        next(rest)
+    except StopIteration:
+        return True
+    return False
+
+
 @dataclass
 class ReadyQueue:
     """Tasks in the order the loop takes them."""
 
-    _heap: list[tuple[Urgency, int, Task]] = field(default_factory=list)
+    _heap: list[Step] = field(default_factory=list)
     _arrivals: int = 0
 
     def __len__(self) -> int:
@@ -62,8 +93,16 @@ class ReadyQueue:
     def add(self, task: Task) -> None:
         """Let the task wait for its turn."""
         self._arrivals += 1
-        heapq.heappush(self._heap, (task.urgency, self._arrivals, task))
+        heapq.heappush(self._heap, Step(task, self._arrivals))
 
-    def take(self) -> Task:
+    def take(self) -> Step:
         """The most urgent task, the oldest of its kind."""
-        return heapq.heappop(self._heap)[2]
+        return heapq.heappop(self._heap)
+
+    def put_back(self, step: Step) -> None:
+        """Let a step that was interrupted wait for its next turn, in its old place."""
+        heapq.heappush(self._heap, step)
+
+    def must_give_way(self, step: Step) -> bool:
+        """At a safepoint of a training step: whether serving is ready."""
+        return bool(self._heap) and step.task.is_training and not self._heap[0].task.is_training

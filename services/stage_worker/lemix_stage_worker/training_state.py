@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lemix_common.store.training import PlannedStep
-from lemix_stage_worker.model.stage import StageModel
+from lemix_stage_worker.model.stage import Leaf, StageModel
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET_BYTES = 8 << 20
+"""Parameters that the optimizer updates between two safepoints."""
 
 
 def moment_name(moment: str, parameter: str) -> str:
@@ -38,7 +40,12 @@ class TrainingState:
     """Of the checkpoint it comes from."""
     owns_weights: bool = False
     """False while the weights are shared with a served version."""
-    _optimizer: torch.optim.Optimizer | None = None
+    _optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    """One a bucket of parameters."""
+
+    def __post_init__(self) -> None:
+        self.parts = self.model.parts()
+        """Layer by layer, over the same values."""
 
     def take_gradients(self) -> list[Tensor]:
         """The gradients accumulated since the last call, in model order, zeros where none came."""
@@ -48,23 +55,26 @@ class TrainingState:
             parameter.grad = None
         return gradients
 
-    def apply(self, gradients: Mapping[str, Tensor], planned: PlannedStep, *, scale: float) -> None:
-        """One optimizer step from the summed gradients, by leaf; the state is then one step further.
+    def apply(self, gradients: Mapping[str, Tensor], planned: PlannedStep, *, scale: float) -> Iterator[None]:
+        """One optimizer step from the summed gradients, by leaf; at its end the state is one step further.
 
-        A step without gradients (nothing could be learned from) only counts.
+        Yields after each bucket of parameters: nobody else may use the state until the end. A step without gradients
+        (nothing could be learned from) only counts.
         """
         if not gradients:
             self.step += 1
             return
         self._own_weights()
-        optimizer = self._optimizer or self._make_optimizer(planned.optimizer)
-        for group in optimizer.param_groups:
-            group["lr"], group["weight_decay"] = planned.learning_rate, planned.weight_decay
+        optimizers = self._optimizers or self._make_optimizers(planned.optimizer)
         leaves = self.model.leaves()
         for name in self._updated():
             leaves[name].grad = gradients[name] if scale == 1 else gradients[name].mul_(scale)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = planned.learning_rate
+            optimizer.param_groups[0]["weight_decay"] = planned.weight_decay
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            yield
         self.step += 1
 
     def squares(self, gradients: Mapping[str, Tensor]) -> tuple[float, ...]:
@@ -79,10 +89,11 @@ class TrainingState:
         """A copy of the weights (a tied head is the embedding's, so left out), and with them the optimizer's state."""
         leaves = self.model.leaves()
         tensors = {name: leaves[name].detach().clone() for name in leaves if not self._is_tied_head(name)}
-        if optimizer and self._optimizer is not None:
+        if optimizer and self._optimizers:
+            state = {parameter: held for each in self._optimizers for parameter, held in each.state.items()}
             for name in list(tensors):
                 for moment in _MOMENTS:
-                    if (value := self._optimizer.state[leaves[name]].get(moment)) is not None:
+                    if (value := state.get(leaves[name], {}).get(moment)) is not None:
                         tensors[moment_name(moment, name)] = value.clone()
             # a tied head's moments are the embedding's, which the first stage writes
         elif optimizer:
@@ -108,20 +119,32 @@ class TrainingState:
             self.model.load({name: tensor.clone() for name, tensor in sources.items()})
             self.owns_weights = True
 
-    def _make_optimizer(self, name: str) -> torch.optim.Optimizer:
+    def _make_optimizers(self, name: str) -> list[torch.optim.Optimizer]:
         leaves = {leaf.name: leaf for leaf in self.model.all_leaves()}
-        updated = [leaves[name] for name in self._updated()]
-        parameters = [leaf.parameter for leaf in updated]
-        self._optimizer = (
-            torch.optim.SGD(parameters, foreach=False)
-            if name == "sgd"
-            else torch.optim.AdamW(parameters, foreach=False)
-        )
-        if self.moments and name == "adamw":
-            for leaf in updated:
-                self._optimizer.state[leaf.parameter] = {
+        for bucket in _buckets([leaves[name] for name in self._updated()]):
+            parameters = [leaf.parameter for leaf in bucket]
+            if name == "sgd":
+                self._optimizers.append(torch.optim.SGD(parameters, foreach=False))
+                continue
+            optimizer = torch.optim.AdamW(parameters, foreach=False)
+            self._optimizers.append(optimizer)
+            for leaf in bucket if self.moments else ():
+                optimizer.state[leaf.parameter] = {
                     "step": torch.tensor(float(self.step)),
                     **{moment: self.moments[moment_name(moment, leaf.source)].clone() for moment in _MOMENTS},
                 }
-            self.moments = {}
-        return self._optimizer
+        self.moments = {}
+        return self._optimizers
+
+
+def _buckets(leaves: Sequence[Leaf]) -> list[list[Leaf]]:
+    """Runs of parameters of some megabytes: what one uninterrupted piece of the optimizer's work updates."""
+    buckets: list[list[Leaf]] = []
+    room = 0
+    for leaf in leaves:
+        if leaf.parameter.nbytes > room or not buckets:
+            buckets.append([])
+            room = BUCKET_BYTES
+        buckets[-1].append(leaf)
+        room -= leaf.parameter.nbytes
+    return buckets

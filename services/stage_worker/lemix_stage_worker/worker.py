@@ -75,7 +75,7 @@ from lemix_stage_worker.links import Links
 from lemix_stage_worker.memory import peak_rss_bytes
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.puller import Puller
-from lemix_stage_worker.ready_queue import CATEGORY, ReadyQueue, Task
+from lemix_stage_worker.ready_queue import CATEGORY, ReadyQueue, Step, Task
 from lemix_stage_worker.reporter import Reporter, Span
 from lemix_stage_worker.serving import Serving
 from lemix_stage_worker.shard_files import write_shard
@@ -116,6 +116,7 @@ class Worker:
     _background: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
     )
+    _building: set[Position] = field(default_factory=set)
     _last_training: tuple[float, float] = (0.0, 0.0)
     _failure: Exception | None = None
 
@@ -129,7 +130,9 @@ class Worker:
     # ---- the loop
     def run(self, stop: threading.Event) -> None:
         """Compute until told to stop; then report what is left and close."""
-        read_until = self.broker.last_id(self.broker.keys.control)  # before any hash, so that no change is missed
+        read_until = self.broker.last_id(
+            self.broker.keys.control
+        )  # before any hash, so that no change is missed
         control = threading.Thread(
             target=self._read_control, args=(stop, read_until), name="control", daemon=True
         )
@@ -154,18 +157,33 @@ class Worker:
             self._handle(arrival)
         if self.ready:
             self._compute(self.ready.take())
-        self.progress += 1
 
-    def _compute(self, task: Task) -> None:
-        start, began = self.now(), time.monotonic()
-        self.busy_since = began
+    def _compute(self, step: Step) -> None:
+        """Run a step to its end, or to a safepoint at which serving is ready."""
+        start = self.now()
+        while True:
+            self._advance(step)
+            self.progress += 1
+            if step.is_done:
+                break
+            for arrival in self.inbox.drain(wait_s=0.0):
+                self._handle(arrival)
+            if self.ready.must_give_way(step):
+                self.ready.put_back(step)
+                break
+        self._note(step.task, start, self.now())
+
+    def _advance(self, step: Step) -> None:
+        self.busy_since = began = time.monotonic()
         try:
-            task.run()
+            step.advance()
         except Exception as error:  # noqa: BLE001 - the loop's one broad handler: the item fails, the worker lives
-            task.failed(error)
+            step.is_done = True
+            step.task.failed(error)
         self.busy_since = None
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - began)
-        end = self.now()
+
+    def _note(self, task: Task, start: float, end: float) -> None:
         blocked_s = 0.0
         if task.is_training:
             self._last_training = (start, end)
@@ -310,8 +328,10 @@ class Worker:
             if worker != self.name:
                 self.hosts.pop((node, stage), None)
                 self.learners.pop((node, stage), None)
-            elif host is None:
+            elif host is None and (node, stage) not in self._building:
                 self._build(node, stage, epoch)
+            elif host is None:
+                pass  # it takes the newest epoch when it is built
             else:
                 host.epoch, host.is_ready = epoch, False
                 host.caches.clear()
@@ -344,6 +364,7 @@ class Worker:
             )
 
         def built(host: HostedStage) -> None:
+            self._building.discard((node, stage))
             known = self.neighbours[node]
             if known.hosts[stage][0] != self.name:
                 return
@@ -370,6 +391,7 @@ class Worker:
             self.cluster.stage_failed(node, stage, epoch, str(error))
             self._failure = error
 
+        self._building.add((node, stage))
         self._in_background(build, built, failed)
 
     def _report_ready(self, host: HostedStage) -> None:
@@ -404,6 +426,8 @@ class Worker:
                 self._report_ready(host)
                 return
             host.is_ready = True
+            if host.training is not None and host.training.step != step:  # an optimizer ran meanwhile
+                self.training_at(host, host.training.step)
             self._release_held()
             self._pull_if_whole(host.node)
 

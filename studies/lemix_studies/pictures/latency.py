@@ -11,11 +11,21 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lemix_studies.curves import LatencyCurve, binned
 from lemix_studies.measures import percentile
-from lemix_studies.pictures.style import AMBER, BLUE, DPI, GREY, INK, Format, house_style, light_grid, rendered
+from lemix_studies.pictures.style import (
+    AMBER,
+    BLUE,
+    DPI,
+    GREY,
+    INK,
+    Format,
+    house_style,
+    light_grid,
+    rendered,
+)
 from lemix_studies.wording import duration
 
 _WIDTH_IN, _ROW_IN = 9.0, 2.1
-_NUM_BARS = 60
+_FEWEST_BARS, _MOST_BARS = 15, 60
 _SLO_FACTOR = 5
 _LABEL_HEIGHT = 0.09
 """Of a row's height."""
@@ -24,16 +34,26 @@ _LABEL_HEIGHT = 0.09
 def latency_picture(curves: Sequence[LatencyCurve], *, title: str = "", form: Format = "png") -> bytes:
     """The bytes of a picture with a row for each of the times."""
     with house_style():
-        figure = Figure(figsize=(_WIDTH_IN, 0.7 + _ROW_IN * max(1, len(curves))), dpi=DPI, layout="constrained")
+        figure = Figure(
+            figsize=(_WIDTH_IN, 0.7 + _ROW_IN * max(1, len(curves))), dpi=DPI, layout="constrained"
+        )
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         if not curves:
             figure.text(0.5, 0.5, "no request was answered", color=GREY, ha="center")
             return rendered(figure, form)
-        rows = figure.subplots(len(curves), 2, sharex="col", sharey="row", squeeze=False, width_ratios=[3.4, 1])
+        rows = figure.subplots(
+            len(curves), 2, sharex="col", sharey="row", squeeze=False, width_ratios=[3.4, 1]
+        )
         for (over_time, distribution), curve in zip(rows, curves, strict=True):
             _over_time(over_time, curve)
             _distribution(distribution, curve)
-        figure.legend(*rows[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+        labelled = {
+            label: handle
+            for axes in rows[:, 0]
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(labelled.values(), labelled.keys(), loc="outside upper right", ncols=len(labelled))
+        rows[-1][0].set_xlim(left=0)
         rows[-1][0].set_xlabel("seconds since the first submission")
         rows[-1][1].set_xlabel("how often")
         return rendered(figure, form)
@@ -46,22 +66,42 @@ def _over_time(axes: Axes, curve: LatencyCurve) -> None:
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 3.0), numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: duration(seconds)))
     axes.yaxis.set_minor_locator(NullLocator())
-    size = 3.0 if len(curve.points) < 1000 else 1.8
-    axes.plot(*zip(*curve.points, strict=True), "o", color=AMBER, markersize=size, alpha=0.5, markeredgewidth=0, label="each")
-    bins = binned(curve.points)
-    axes.plot([b.t for b in bins], [b.p50 for b in bins], color=INK, linewidth=1.6, label="p50")
-    axes.plot([b.t for b in bins], [b.p95 for b in bins], color=BLUE, linewidth=1.6, label="p95")
+    size = 3.5 if len(curve.points) < 1000 else 1.8
+    axes.plot(
+        *zip(*curve.points, strict=True),
+        "o",
+        color=AMBER,
+        markersize=size,
+        alpha=0.5,
+        markeredgewidth=0,
+        label="each",
+    )
+    if bins := binned(curve.points):
+        axes.plot([one.t for one in bins], [one.p50 for one in bins], color=INK, linewidth=1.6, label="p50")
+        axes.plot([one.t for one in bins], [one.p95 for one in bins], color=BLUE, linewidth=1.6, label="p95")
     if curve.idle_s:
         axes.axhline(
-            _SLO_FACTOR * curve.idle_s, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label=f"{_SLO_FACTOR} × idle"
+            _SLO_FACTOR * curve.idle_s,
+            color=GREY,
+            linewidth=1,
+            linestyle=(0, (4, 3)),
+            label=f"{_SLO_FACTOR} × idle",
         )
 
 
 def _distribution(axes: Axes, curve: LatencyCurve) -> None:
     values = sorted(value for _, value in curve.points)
     low, high = max(values[0], 1e-6), max(values[-1], 2e-6)
-    edges = [low * (high / low) ** (number / _NUM_BARS) for number in range(_NUM_BARS + 1)]
-    axes.hist(values, bins=edges, orientation="horizontal", color=AMBER, alpha=0.8, weights=[1 / len(values)] * len(values))
+    num_bars = min(_MOST_BARS, _FEWEST_BARS + len(values) // 10)
+    edges = [low * (high / low) ** (number / num_bars) for number in range(num_bars + 1)]
+    axes.hist(
+        values,
+        bins=edges,
+        orientation="horizontal",
+        color=AMBER,
+        alpha=0.8,
+        weights=[1 / len(values)] * len(values),
+    )
     axes.tick_params(which="both", length=0, labelleft=False, labelbottom=False)
     for spine in ("left", "bottom"):
         axes.spines[spine].set_visible(False)

@@ -9,7 +9,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lemix_studies.curves import LossCurves, Point, running_mean
-from lemix_studies.pictures.style import AMBER, BLUE, DPI, GREY, INK, Format, house_style, light_grid, rendered
+from lemix_studies.pictures.style import (
+    AMBER,
+    BLUE,
+    DPI,
+    GREY,
+    INK,
+    Format,
+    house_style,
+    light_grid,
+    rendered,
+)
 
 _WIDTH_IN, _LOSS_IN, _MATCH_IN = 9.0, 3.4, 1.7
 _MOST_VERSIONS = 8
@@ -28,7 +38,7 @@ def loss_picture(curves: LossCurves, *, title: str = "", form: Format = "png") -
         _versions(panels[0], curves.versions)
         if has_matches:
             _matches(panels[1], curves.matches)
-        figure.get_layout_engine().set(w_pad=0.1)
+        panels[-1].set_xlim(left=0)
         panels[-1].set_xlabel("seconds since the first submission")
         return rendered(figure, form)
 
@@ -40,7 +50,14 @@ def _losses(axes: Axes, curves: LossCurves) -> None:
     _curve(axes, curves.scores, AMBER, f"serving, mean of {_window(curves.scores)} answers")
     axes.margins(x=0.02)
     if not curves.steps and not curves.scores:
-        axes.text(0.5, 0.5, "no step was committed, no answer scored", color=GREY, ha="center", transform=axes.transAxes)
+        axes.text(
+            0.5,
+            0.5,
+            "no step was committed, no answer scored",
+            color=GREY,
+            ha="center",
+            transform=axes.transAxes,
+        )
 
 
 def _curve(axes: Axes, points: Sequence[Point], colour: str, mean: str) -> None:
@@ -52,7 +69,7 @@ def _curve(axes: Axes, points: Sequence[Point], colour: str, mean: str) -> None:
 
 
 def _window(points: Sequence[Point]) -> int:
-    return max(3, len(points) // 10)
+    return max(5, len(points) // 10)
 
 
 def _versions(axes: Axes, versions: Sequence[tuple[float, str]]) -> None:

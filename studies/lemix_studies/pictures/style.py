@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -38,7 +36,7 @@ FILLS: Mapping[str, str] = {
 OUTLINES: Mapping[str, str] = {"idle_serving": ORCHID, "idle_pipeline": RED}
 
 DPI = 140
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9,
@@ -79,8 +77,7 @@ def light_grid(axes: Axes) -> None:
 def rendered(figure: Figure, form: Format) -> bytes:
     """The file's bytes; equal figures give equal bytes."""
     file = BytesIO()
-    if form == "svg":
-        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
-    else:
-        FigureCanvasAgg(figure).print_png(file, metadata={"Software": None})
+    figure.savefig(
+        file, format=form, dpi=DPI, metadata={"Date": None} if form == "svg" else {"Software": None}
+    )
     return file.getvalue()

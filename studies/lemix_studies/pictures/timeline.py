@@ -15,7 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from lemix_studies.intervals import Interval
 from lemix_studies.pictures.style import DPI, FILLS, GREY, INK, OUTLINES, Format, house_style, rendered
-from lemix_studies.pieces import Piece, Position
+from lemix_studies.pieces import Piece
+from lemix_studies.recordings import Recording
 from lemix_studies.timelines import item_numbers, role_of, shares_of
 
 Rectangle = tuple[tuple[float, float], ...]
@@ -42,33 +43,26 @@ _LEGEND = {
 }
 
 
-def timeline_picture(
-    pieces: Sequence[Piece],
-    positions: Iterable[Position],
-    window: Interval,
-    *,
-    title: str = "",
-    clock: str = "seconds",
-    form: Format = "png",
-) -> bytes:
-    """The bytes of a picture of some nodes' stages in a window of time."""
+def timeline_picture(recording: Recording, window: Interval, *, form: Format = "png") -> bytes:
+    """The bytes of a picture of the recording's stages in a window of time."""
     stages_of: dict[int, list[int]] = {}
-    for node, stage in sorted(positions):
+    for node, stage in recording.positions:
         stages_of.setdefault(node, []).append(stage)
-    shown = [piece for piece in pieces if piece.start < window[1] and piece.end > window[0]]
-    names = item_numbers(shown)
-    nodes = list(stages_of)[:MOST_NODES]
+    nodes, title = list(stages_of)[:MOST_NODES], recording.title
     if len(nodes) < len(stages_of):
         title = f"{title} · {len(nodes)} of {len(stages_of)} nodes".removeprefix(" · ")
+    shown = [piece for piece in recording.pieces if piece.start < window[1] and piece.end > window[0]]
+    names = item_numbers(shown)
     with house_style():
         figure, panels = _panels([len(stages_of[node]) for node in nodes])
         for node, axes in zip(nodes, panels, strict=True):
-            did = [piece for piece in pieces if piece.node == node]
+            stages = stages_of[node]
             seen = [piece for piece in shown if piece.node == node]
-            _frame(axes, stages_of[node], window, is_last=axes is panels[-1])
-            _name(axes, f"node {node}", role_of(did), _in_words(shares_of(seen, window, len(stages_of[node]))))
-            _draw(axes, seen, stages_of[node], window, names)
-        panels[-1].set_xlabel(clock)
+            role = role_of(piece for piece in recording.pieces if piece.node == node)
+            _frame(axes, stages, window, is_last=axes is panels[-1])
+            _name(axes, f"node {node}", role, _in_words(shares_of(seen, window, len(stages))))
+            _draw(axes, seen, stages, window, names)
+        panels[-1].set_xlabel(recording.clock)
         _legend(figure, title)
         return rendered(figure, form)
 
@@ -108,7 +102,12 @@ def _frame(axes: Axes, stages: Sequence[int], window: Interval, *, is_last: bool
 def _name(axes: Axes, node: str, role: str, shares: str) -> None:
     def write(text: str, right_points: float, **look: Any) -> None:
         axes.annotate(
-            text, (0.0, 1.0), xytext=(right_points, 5), xycoords="axes fraction", textcoords="offset points", **look
+            text,
+            (0.0, 1.0),
+            xytext=(right_points, 5),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            **look,
         )
 
     write(node, 0, fontweight="bold", fontsize=10)
@@ -187,7 +186,13 @@ def _legend(figure: Figure, title: str) -> None:
     height_in = figure.get_figheight()
     if title:
         figure.text(
-            _LEFT_IN / _WIDTH_IN, 1 - 0.12 / height_in, title, ha="left", va="top", fontsize=11, fontweight="bold"
+            _LEFT_IN / _WIDTH_IN,
+            1 - 0.12 / height_in,
+            title,
+            ha="left",
+            va="top",
+            fontsize=11,
+            fontweight="bold",
         )
     handles = [Patch(label=label, **_look(category, is_wide=True)) for category, label in _LEGEND.items()]
     figure.legend(

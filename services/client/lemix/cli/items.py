@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
@@ -10,12 +11,14 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from lemix.answers import Generation
+from lemix.cli import schedule_text
 from lemix.cli.errors import clear_errors
 from lemix.client import Client
 from lemix.items import DEFAULT_NEW_TOKENS, GenerateItem, OverLongRule, ScoreItem, TrainItem
 from lemix.rows import read_rows
 from lemix_common.errors import BadInput
 from lemix_common.sampling import Sampling
+from lemix_common.schedules import SCHEDULES
 
 Url = Annotated[
     str | None, typer.Option("--url", help="The cluster's broker (default: LEMIX_URL, then .lemix).")
@@ -89,17 +92,47 @@ def generate(
 
 def train(
     file: Annotated[
-        Path, typer.Argument(help="JSONL with prompt and reference (or question and answer, …).")
-    ],
+        Path | None, typer.Argument(help="JSONL with prompt and reference (or question and answer, …).")
+    ] = None,
+    *,
     wait: Annotated[
         bool, typer.Option("--wait", help="Flush, and wait until the served weights have it.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Train nothing: draw what the stages do. Needs no cluster.")
+    ] = False,
+    schedule: Annotated[
+        str | None, typer.Option(help=f"Explain {', '.join(SCHEDULES)} (default: each).")
+    ] = None,
+    stages: Annotated[int | None, typer.Option(help="Explain so many stages (default: 4).")] = None,
+    microbatches: Annotated[
+        int | None, typer.Option(help="Explain so many microbatches a step (default: 8).")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Explain so many workers (default: one a stage; interleaved: half).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Explain so many steps (default: 1; a-pp: 3).")] = None,
     over_long: OverLong = "reject",
     timeout: Timeout = None,
     url: Url = None,
     as_json: AsJson = False,
 ) -> None:
     """Queue the rows of FILE as training examples; none, if one of them can't be used."""
+    drawn = {
+        "name": schedule,
+        "stages": stages,
+        "microbatches": microbatches,
+        "workers": workers,
+        "steps": steps,
+    }
+    given = {name: value for name, value in drawn.items() if value is not None}
+    if explain:
+        _explain(schedule_text.Subject(**cast("dict[str, Any]", given)), as_json=as_json)
+        return
+    if given:
+        raise BadInput("--schedule, --stages, --microbatches, --workers and --steps go with --explain")
+    if file is None:
+        raise BadInput("which FILE? (or --explain)")
     rule = _rule(over_long)
     rows = read_rows(file)
     with Client(url) as client:
@@ -115,6 +148,11 @@ def train(
             f"served weights are {version}" if version else "run `lemix flush` to have the last step taken"
         )
         typer.echo(f"{len(queued)} examples queued from {len(rows)} rows; {learned}")
+
+
+def _explain(subject: schedule_text.Subject, *, as_json: bool) -> None:
+    width = shutil.get_terminal_size((120, 24)).columns
+    typer.echo(schedule_text.as_json(subject) if as_json else schedule_text.as_text(subject, width=width))
 
 
 def flush(timeout: Timeout = None, url: Url = None, as_json: AsJson = False) -> None:
