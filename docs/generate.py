@@ -72,7 +72,6 @@ def training() -> str:
 
 def _with_output(command: re.Match[str]) -> str:
     app = typer.Typer()
-    app.callback()(lambda: None)
     register(app)
     ran = CliRunner().invoke(app, shlex.split(command[1]), env={"COLUMNS": WIDTH}, catch_exceptions=False)
     return f"$ lemix {command[1]}\n{ran.output}"

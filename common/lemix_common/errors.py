@@ -21,6 +21,7 @@
     │   └── BrokerUnsuitable     too old, read-only, not durable
     ├── PeerError                a peer's
     │   ├── PeerLost             the connection ended
+    │   │   └── PeerUnreachable  there never was one: nobody answers at that address
     │   ├── PeerRefused          not authenticated, or not a neighbour
     │   └── BadFrame             unknown tag or version, wrong size, over a limit
     ├── Fenced                   ours: an older leader, epoch or attempt; drop the work
@@ -109,6 +110,10 @@ class PeerError(LemixError):
 
 class PeerLost(PeerError):
     """The connection to a peer ended or stalled."""
+
+
+class PeerUnreachable(PeerLost):
+    """Nobody listens at the address, or no way leads there; another address of the peer may do."""
 
 
 class PeerRefused(PeerError):

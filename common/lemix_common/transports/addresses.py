@@ -1,10 +1,28 @@
-"""Where a worker can be reached, as one string: ``unix:/path``, ``tcp:host:port`` or ``memory:name``."""
+"""Where a worker can be reached, as one string: a scheme, which says how, and where.
+
+``memory:name``  ``shm:/path``  ``unix:/path``  ``tcp:host:port``  ``redis:name``
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Final
 
 from lemix_common.errors import SettingsError
+
+
+_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemoryAddress:
+    """A socket file on this host, whose peers share memory."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"shm:{self.path}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +56,17 @@ class MemoryAddress:
         return f"memory:{self.name}"
 
 
-Address = UnixAddress | TcpAddress | MemoryAddress
+@dataclass(frozen=True, slots=True)
+class RedisAddress:
+    """A name on the cluster's broker."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"redis:{self.name}"
+
+
+Address = MemoryAddress | SharedMemoryAddress | UnixAddress | TcpAddress | RedisAddress
 
 
 def parse_address(text: str) -> Address:
@@ -46,11 +74,17 @@ def parse_address(text: str) -> Address:
     scheme, _, rest = text.partition(":")
     host, _, port = rest.rpartition(":")
     match scheme:
+        case "memory" if rest:
+            return MemoryAddress(rest)
+        case "shm" if rest:
+            return SharedMemoryAddress(rest)
         case "unix" if rest:
             return UnixAddress(rest)
         case "tcp" if host and port.isdecimal() and int(port) < 2**16:
             return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
-        case "memory" if rest:
-            return MemoryAddress(rest)
+        case "redis" if _NAME.fullmatch(rest):
+            return RedisAddress(rest)
         case _:
-            raise SettingsError(f"{text!r} is no address (use unix:/path, tcp:host:port or memory:name)")
+            raise SettingsError(
+                f"{text!r} is no address (use memory:name, shm:/path, unix:/path, tcp:host:port or redis:name)"
+            )

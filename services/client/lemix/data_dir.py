@@ -4,6 +4,7 @@
 
     DIR/lock            held by the supervisor while it lives
     DIR/cluster.json    where the running cluster is; there only while it runs
+    DIR/prometheus.json where its processes show their metrics, as Prometheus's file_sd_configs reads it
     DIR/settings.toml   the settings it was started with; its presence means that the directory holds a cluster's state
     DIR/broker/         the broker's data
     DIR/checkpoints/    DIR/versions/    weights
@@ -79,6 +80,9 @@ class DataDir:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise self.owned_by_another() from None
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
             yield
 
     def is_locked(self) -> bool:
@@ -91,6 +95,13 @@ class DataDir:
         except OSError:
             return False
         return False
+
+    def owner(self) -> int | None:
+        """Pid of the supervisor that lives in this directory, even while it still starts."""
+        if not self.is_locked():
+            return None
+        text = (self.path / "lock").read_text("ascii")
+        return int(text) if text.isdigit() else self.announced().pid
 
     def owned_by_another(self) -> BadInput:
         """The error of a second supervisor."""
@@ -119,9 +130,19 @@ class DataDir:
         except ClusterError:
             return False
 
+    def show_metrics(self, pages: Mapping[str, str]) -> None:
+        """Tell a Prometheus of this machine where to look (each page is ``http://HOST:PORT/metrics``)."""
+        targets = [
+            {"targets": [url.split("/")[2]], "labels": {"process": process}} for process, url in pages.items()
+        ]
+        path, text = self.path / "prometheus.json", json.dumps(targets, indent=1)
+        if not path.exists() or path.read_text("utf-8") != text:
+            self._write(path, text)
+
     def withdraw(self) -> None:
         """The cluster runs no more."""
         (self.path / "cluster.json").unlink(missing_ok=True)
+        (self.path / "prometheus.json").unlink(missing_ok=True)
 
     # ---- the state that a resume goes on from
     def has_state(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from lemix.model_folder import open_model_folder
 from lemix.weight_files import weight_files
 from lemix_common.broker import Broker, connect, hide_password
 from lemix_common.errors import BrokerError, ClusterError, LemixError
-from lemix_common.machine import memory_free_bytes
+from lemix_common.machine import is_free, memory_free_bytes
 from lemix_common.metrics import PORT_VARIABLE, THIS_MACHINE, metrics_address
 from lemix_common.server import LEAST_FREE_BYTES, find_server
 
@@ -187,7 +186,7 @@ def check_ports(
         return
     asked = [wanted.port] if wanted.port else []
     asked += range(first, first + 2 + wanted.workers) if first else []
-    taken = [port for port in asked or [0] if not _is_free(port)]
+    taken = [port for port in asked or [0] if not is_free(THIS_MACHINE, port)]
     if taken:
         to_do = f"choose another --port or {PORT_VARIABLE}, or leave them out"
         yield Finding("ports", "wrong", f"{', '.join(map(str, taken))} taken on {THIS_MACHINE}", to_do)
@@ -255,16 +254,6 @@ def _existing(path: Path) -> Path:
 
 def _free_bytes(path: Path) -> int:
     return shutil.disk_usage(_existing(path)).free
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((THIS_MACHINE, port))
-        except (OSError, OverflowError):
-            return False
-    return True
 
 
 def _version(package: str) -> str:

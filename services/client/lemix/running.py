@@ -54,20 +54,36 @@ def start_detached(launch: Launch) -> str:
         raise
 
 
-def stop_cluster(directory: DataDir) -> None:
-    """Have the supervisor of this directory stop its cluster; `ClusterError` if there is none."""
-    running = directory.announced()
-    if running.pid == NO_SUPERVISOR:
-        raise BadInput(
-            f"the cluster of {directory.path} was not started by `lemix up`: stop its processes with what started "
-            "them (`docker compose down` in containers)"
-        )
-    if not directory.is_locked():
+def stop_cluster(directory: DataDir, *, patience_s: float = _END_TIMEOUT_S) -> str:
+    """Have the supervisor of this directory stop its cluster, even while it starts, and say what was done.
+
+    One that doesn't stop is killed, and what a killed one left is cleared away. `ClusterError` if there is nothing.
+    """
+    owner = directory.owner()
+    if owner is None or (directory.path / "cluster.json").exists():
+        running = directory.announced()
+        if running.pid == NO_SUPERVISOR:
+            raise BadInput(
+                f"the cluster of {directory.path} was not started by `lemix up`: stop its processes with what started "
+                "them (`docker compose down` in containers)"
+            )
+    if owner is None:
         directory.withdraw()
-        raise ClusterError(f"the supervisor of {directory.path} was gone already; nothing is left to stop")
-    os.kill(running.pid, signal.SIGTERM)
+        return "its supervisor had been killed, and everything with it: cleared what was left"
+    os.kill(owner, signal.SIGTERM)
+    try:
+        _wait_unlocked(directory, patience_s)
+    except WaitTimeout:
+        os.kill(owner, signal.SIGKILL)  # which takes its children along
+        _wait_unlocked(directory, STOP_TIMEOUT_S)
+        directory.withdraw()
+        return f"killed, since it didn't stop within {patience_s:g} s: `lemix up --resume` goes on with it"
+    return "stopped"
+
+
+def _wait_unlocked(directory: DataDir, timeout_s: float) -> None:
     wait_until(
-        lambda: not directory.is_locked(), what="the cluster stops", timeout_s=_END_TIMEOUT_S, interval_s=0.1
+        lambda: not directory.is_locked(), what="the cluster stops", timeout_s=timeout_s, interval_s=0.1
     )
 
 

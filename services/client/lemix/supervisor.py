@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
@@ -27,6 +27,8 @@ from lemix.services import Service, pids
 from lemix_common.broker import Broker, connect, hide_password
 from lemix_common.children import last_reason, start_child, stop_children
 from lemix_common.errors import BadInput, BrokerError, ClusterError, LemixError
+from lemix_common.machine import is_free
+from lemix_common.metrics import PORT_VARIABLE, metrics_address
 from lemix_common.server import RunningBroker, start_broker
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.closing import last_checkpoint
@@ -41,6 +43,7 @@ BAD_INPUT_STATUS = 2
 """With which a process ends that was given something that can't work: it isn't started again."""
 _TICK_S = 0.05
 _LOGS_EVERY_S = 30.0
+_METRICS_EVERY_S = 3.0
 _NEEDED = ("celery", "torch", "transformers")
 
 
@@ -111,6 +114,7 @@ class Supervisor:
     is_ready: bool = False
     _earlier_workers: frozenset[str] = frozenset()
     _logs_bounded_at: float = 0.0
+    _metrics_shown_at: float = 0.0
 
     def run(
         self, model: ModelFolder, ours: RunningBroker | None, on_ready: Callable[[RunningCluster], None]
@@ -141,17 +145,19 @@ class Supervisor:
     # ---- children
     def _services(self) -> list[Service]:
         workers = [
-            self._service(f"worker-{i}", "lemix_stage_worker", "--slot", f"worker-{i}")
+            self._service(f"worker-{i}", 2 + i, "lemix_stage_worker", "--slot", f"worker-{i}")
             for i in range(self.launch.settings.num_workers)
         ]
         return [
-            self._service("coordinator", "lemix_coordinator"),
-            self._service("operations", "lemix_coordinator.operations"),
+            self._service("coordinator", 0, "lemix_coordinator"),
+            self._service("operations", 1, "lemix_coordinator.operations"),
             *workers,
         ]
 
-    def _service(self, name: str, module: str, *arguments: str) -> Service:
+    def _service(self, name: str, number: int, module: str, *arguments: str) -> Service:
+        first_port = metrics_address(os.environ).port
         environment = os.environ | {
+            PORT_VARIABLE: str(first_port + number if first_port else 0),
             "LEMIX_URL": self.url,
             "LEMIX_CLUSTER": self.launch.cluster,
             "LEMIX_DATA_DIR": str(self.launch.directory.path),
@@ -178,6 +184,10 @@ class Supervisor:
         if now - self._logs_bounded_at > _LOGS_EVERY_S:
             self.launch.directory.bound_logs()
             self._logs_bounded_at = now
+        if self.is_ready and now - self._metrics_shown_at > _METRICS_EVERY_S:
+            with suppress(BrokerError):  # it is being restarted
+                self.launch.directory.show_metrics(Cluster(self.broker).metrics())
+            self._metrics_shown_at = now
 
     # ---- readiness
     def _can_serve(self) -> bool:
@@ -240,11 +250,23 @@ def _require_extras() -> None:
         raise BadInput(f"a cluster needs {', '.join(missing)} on this machine: pip install 'lemix[all]'")
 
 
+def _require_metrics_ports(launch: Launch) -> None:
+    """Where they are fixed, each process has its own: the first, and those behind it."""
+    address = metrics_address(os.environ)
+    if address.port:
+        for port in range(address.port, address.port + 2 + launch.settings.num_workers):
+            if not is_free(address.host, port):
+                raise BadInput(
+                    f"port {port} on {address.host} is taken: choose another {PORT_VARIABLE}, or leave it out"
+                )
+
+
 def _require_possible(launch: Launch) -> None:
     if launch.url and launch.port:
         raise BadInput("--port is for a broker that `lemix up` starts: give either --port or --url")
     if launch.directory.is_locked():
         raise launch.directory.owned_by_another()
+    _require_metrics_ports(launch)
     if launch.directory.has_state() and not launch.resume:
         raise BadInput(
             f"{launch.directory.path} holds a cluster's state: `lemix up --resume` goes on with it, "

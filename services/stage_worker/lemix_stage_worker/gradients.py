@@ -24,15 +24,20 @@ class ShardSum:
     _total: list[Tensor] = field(default_factory=list)
 
     def add(self, shard: int, gradients: list[Tensor]) -> None:
-        """Take a shard's gradients (one a parameter, in model order; the tensors become the sum's)."""
+        """Take a shard's gradients, one a parameter, in model order.
+
+        They aren't written to: on their way to another node of this process they are the same tensors.
+        """
         self._waiting[shard] = gradients
         while self._added < len(self.shards) and self.shards[self._added] in self._waiting:
             ready = self._waiting.pop(self.shards[self._added])
-            if self._total:
+            if self._added == 0:
+                self._total = ready
+            elif self._added == 1:
+                self._total = [total + gradient for total, gradient in zip(self._total, ready, strict=True)]
+            else:
                 for total, gradient in zip(self._total, ready, strict=True):
                     total.add_(gradient)
-            else:
-                self._total = ready
             self._added += 1
 
     @property

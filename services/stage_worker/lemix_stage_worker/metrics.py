@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lemix_common import metrics
 from lemix_common.metrics import Sample
+from lemix_stage_worker.ready_queue import CATEGORY
 
 if TYPE_CHECKING:
     from lemix_stage_worker.worker import Worker
@@ -29,9 +30,13 @@ class StageTimes:
             self._busy_s[node, stage, kind] += max(0.0, busy_s)
             self._blocked_s[node, stage] += blocked_s
 
-    def samples(self) -> list[Sample]:
-        """The sums now."""
+    def samples(self, hosted: Iterable[tuple[int, int]]) -> list[Sample]:
+        """The sums now; of stages that are ``hosted`` and have done nothing, zeros."""
         with self._lock:
+            for node, stage in hosted:
+                self._blocked_s.setdefault((node, stage), 0.0)
+                for kind in CATEGORY.values():
+                    self._busy_s.setdefault((node, stage, kind), 0.0)
             return [
                 *(Sample(metrics.BUSY_TIME, seconds, at) for at, seconds in sorted(self._busy_s.items())),
                 *(
@@ -46,7 +51,8 @@ def worker_samples(worker: Worker) -> Iterator[Sample]:
     yield Sample(metrics.OUTAGES, worker.broker.outages)
     yield Sample(metrics.READY_STEPS, len(worker.ready))
     yield Sample(metrics.LONGEST_STEP, worker.longest_step_s)
-    for host in list(worker.hosts.values()):
+    hosts = list(worker.hosts.values())
+    for host in hosts:
         yield Sample(metrics.STAGE_READY, host.is_ready, (host.node, host.stage))
         yield Sample(metrics.STAGE_WEIGHTS, host.memory_bytes, (host.node, host.stage))
-    yield from worker.reporter.times.samples()
+    yield from worker.reporter.times.samples((host.node, host.stage) for host in hosts)

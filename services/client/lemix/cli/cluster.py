@@ -122,9 +122,8 @@ def create(
 
 
 def down(data_dir: DataDirOption = Path(DEFAULT_DATA_DIR)) -> None:
-    """Stop the cluster of this data directory, after a last checkpoint."""
-    stop_cluster(DataDir(data_dir.absolute()))
-    typer.echo("stopped")
+    """Stop the cluster of this data directory, after a last checkpoint; clear away what a killed one left."""
+    typer.echo(stop_cluster(DataDir(data_dir.absolute())))
 
 
 def status(
