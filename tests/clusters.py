@@ -206,10 +206,11 @@ class InProcessCluster:
         self.ended.append(hosted)
 
     def is_ready(self) -> bool:
-        """Whether every stage is."""
+        """Whether every stage is, on a living worker."""
         nodes = Cluster(self.broker).nodes(self.settings.nodes)
+        living = {hosted.worker.name for hosted in self.workers.values() if hosted.worker is not None}
         return all(
-            node.get("epoch") and node.get(f"ready:{stage}") == node["epoch"]
+            node.get("epoch") and node.get(f"ready:{stage}") == node["epoch"] and node[f"stage:{stage}"] in living
             for node in nodes
             for stage in range(self.settings.stages)
         )

@@ -173,6 +173,11 @@ class Keys:
         """Hash: version to the number of items that started on it and haven't ended."""
         return self._key("versions", "in_flight")
 
+    @property
+    def version_log(self) -> str:
+        """Stream: the versions that were published, each with what it is made of."""
+        return self._key("versions", "log")
+
     def version(self, version: object) -> str:
         """Hash: directory, sha256, step, published_at, prepared:N:S."""
         return self._key("version", version)

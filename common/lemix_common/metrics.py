@@ -197,7 +197,7 @@ BUILD: Final = Metric(
     name="lemix_build_info",
     kind="gauge",
     shown_by="every process",
-    labels=("version", "process"),
+    labels=("version", "role"),
     meaning="Always 1; LeMix's version, and what the process is: coordinator, operations or worker.",
 )
 

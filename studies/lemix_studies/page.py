@@ -17,16 +17,15 @@ CAPTIONS = {
     "loss.png": "What training and serving made of the text, and which version of the weights answered.",
     "latency.png": "What requests waited for.",
 }
-_GROUPS: Sequence[tuple[str, Sequence[str]]] = (
-    ("Items", "submitted done failed cancelled refused lost duplicated dead_lettered capped".split()),
-    ("Pace", "duration_s node_seconds items_per_second items_per_node_second goodput_per_second".split()),
-    (
-        "Serving",
-        "response_s ttft_s itl_s slo_base_s slo_attainment training_tax serving_loss exact_match".split(),
-    ),
-    ("Training", "steps step_loss weights_versions weights_sha256".split()),
-)
+_GROUPS: Mapping[str, Sequence[str]] = {
+    "Items": "submitted done failed cancelled refused lost duplicated dead_lettered capped".split(),
+    "Pace": "duration_s node_seconds items_per_second items_per_node_second goodput_per_second "
+    "goodput_per_node_second".split(),
+    "Serving": "response_s ttft_s itl_s slo_base_s slo_attainment training_tax serving_loss exact_match".split(),
+    "Training": "steps step_loss weights_versions weights_sha256".split(),
+}
 _SHARES = {"slo_attainment", "training_tax", "exact_match"}
+_JOINTS = {"slo_attainment": " × idle ", "weights_sha256": ": "}
 _MOST_NAMED = 6
 
 _PAGE = Template("""<!doctype html>
@@ -39,14 +38,14 @@ _PAGE = Template("""<!doctype html>
   body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2.5rem auto; padding: 0 1.5rem }
   h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem }
   .subtitle, figcaption, .note { color: #666 }
-  .tiles { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.5rem 0 }
-  .tile { border: 1px solid #ddd; border-radius: 6px; padding: .6rem 1rem; min-width: 7.5rem }
+  .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); gap: .8rem; margin: 1.5rem 0 }
+  .tile { border: 1px solid #ddd; border-radius: 6px; padding: .6rem 1rem }
   .tile b { display: block; font-size: 1.35rem; font-weight: 600; line-height: 1.3 } .tile span { color: #666 }
   figure { margin: 1.8rem 0 } figure img { max-width: 100%; height: auto } figcaption { font-size: .9rem }
   .groups { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 0 2.5rem }
   table { border-collapse: collapse; width: 100% }
   th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid #eee }
-  th { font-weight: 400; color: #666; white-space: nowrap; width: 11rem } td { overflow-wrap: anywhere }
+  th { font-weight: 400; color: #666; white-space: nowrap; width: 12.5rem } td { overflow-wrap: anywhere }
 </style>
 </head>
 <body>
@@ -89,9 +88,8 @@ def in_words(name: str, value: object) -> str:
         case None:
             return "–"
         case Mapping():
-            return (
-                " · ".join(f"{key}{_joint(key)}{in_words(name, part)}" for key, part in value.items()) or "–"
-            )
+            joint = _JOINTS.get(name, " ")
+            return " · ".join(f"{key}{joint}{in_words(name, part)}" for key, part in value.items()) or "–"
         case list() | tuple():
             shown = [str(part) for part in value]
             if len(shown) > _MOST_NAMED:
@@ -106,11 +104,6 @@ def in_words(name: str, value: object) -> str:
         case int() | float():
             return amount(value)
     return str(value)
-
-
-def _joint(key: object) -> str:
-    """5× 98 %, but p50 12 ms."""
-    return "× " if str(key).isdigit() else " "
 
 
 def _headlines(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -141,8 +134,8 @@ def _figure(name: str, picture: bytes) -> str:
 
 def _grouped(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """The groups with those of their names that there are; last what belongs to none."""
-    named = {name for _, names in _GROUPS for name in names}
-    for group, names in (*_GROUPS, ("Run", [name for name in summary if name not in named])):
+    named = {name for names in _GROUPS.values() for name in names}
+    for group, names in {**_GROUPS, "Run": [name for name in summary if name not in named]}.items():
         if present := [name for name in names if name in summary]:
             yield group, present
 

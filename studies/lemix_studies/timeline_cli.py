@@ -37,11 +37,16 @@ def timeline(
     from_s: Annotated[
         float | None,
         typer.Option(
-            "--from", help="First second to draw; below 0: before the last work's end.", show_default=False
+            "--from",
+            help="First second to draw; below 0: so long before the end of the last work.",
+            show_default=False,
         ),
     ] = None,
     to_s: Annotated[
-        float | None, typer.Option("--to", help="Last second to draw; the same.", show_default=False)
+        float | None,
+        typer.Option(
+            "--to", help="Last second to draw, likewise (default: as much as reads well).", show_default=False
+        ),
     ] = None,
     node: Annotated[
         list[int] | None, typer.Option(help="Only this node; may be repeated.", show_default=False)

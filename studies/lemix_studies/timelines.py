@@ -7,14 +7,16 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from math import floor, log10, sqrt
+from math import ceil, floor, log10, sqrt
 
 from lemix_common.errors import BadInput
 from lemix_studies.intervals import Interval
 from lemix_studies.pieces import INFERENCE, TRAINING, Piece
 
 LONGEST_WINDOW_S = 20.0
-WIDE_BOX = 1 / 80
+_TICKS = 4
+"""A window that is chosen begins at a multiple of a fourth of its length."""
+WIDE_BOX = 1 / 50
 """Of a picture's width: in the window that is chosen, half of the busy time is in boxes at least this wide."""
 
 
@@ -29,7 +31,8 @@ def extent(pieces: Sequence[Piece]) -> Interval:
 def chosen_window(pieces: Sequence[Piece], start_s: float | None, end_s: float | None) -> Interval:
     """The window between two moments, those below 0 counted from the end of the last work.
 
-    What isn't given is chosen: if neither is, a stretch in which much of everything happens.
+    What isn't given is chosen: if neither is, a stretch in which much happens; after a start counted from the end, the
+    end; else as much as reads well.
     """
     first, last = extent(pieces)
     length_s = window_length(pieces)
@@ -39,7 +42,7 @@ def chosen_window(pieces: Sequence[Piece], start_s: float | None, end_s: float |
     if start is None:
         start = (end or 0.0) - length_s
     if end is None:
-        end = start + length_s
+        end = last if start_s is not None and start_s < 0 else start + length_s
     if not start < end or start >= last or end <= first:
         raise BadInput(
             f"there is nothing to draw between {start:g} and {end:g} s: work was done from {first:g} to {last:g} s"
@@ -57,27 +60,28 @@ def window_length(pieces: Sequence[Piece]) -> float:
 
 
 def interesting_window(pieces: Sequence[Piece], length_s: float) -> Interval:
-    """The stretch of that length with most work on every node: a little of many kinds counts for more than much of one."""
+    """The stretch of that length with most work on every node; a little of many kinds counts for more than of one."""
     first, last = extent(pieces)
-    tick = length_s / 4
-    seconds: defaultdict[int, defaultdict[tuple[int, str], float]] = defaultdict(lambda: defaultdict(float))
+    if length_s >= last - first:
+        return first, last
+    tick = length_s / _TICKS
+    seconds: defaultdict[int, list[tuple[int, str, float]]] = defaultdict(list)
     for piece in (piece for piece in pieces if not piece.is_idle):
-        for number in range(floor((piece.start - first) / tick), floor((piece.end - first) / tick) + 1):
-            begins = first + number * tick
-            overlap = min(piece.end, begins + tick) - max(piece.start, begins)
-            seconds[number][piece.node, piece.category] += max(0.0, overlap)
+        for number in range(floor(piece.start / tick), floor(piece.end / tick) + 1):
+            overlap_s = min(piece.end, (number + 1) * tick) - max(piece.start, number * tick)
+            seconds[number].append((piece.node, piece.category, max(0.0, overlap_s)))
 
     def interest(number: int) -> float:
         totals: defaultdict[tuple[int, str], float] = defaultdict(float)
-        for later in range(number, number + 4):
-            for key, amount in seconds[later].items():
-                totals[key] += amount
-        return sum(sqrt(amount) for amount in totals.values())
+        for later in range(number, number + _TICKS):
+            for node, category, took_s in seconds.get(later, ()):
+                totals[node, category] += took_s
+        return round(sum(map(sqrt, totals.values())), 9)
 
-    starts = range(max(1, floor((last - first - length_s) / tick) + 1))
-    best = max(starts, key=lambda number: (round(interest(number), 9), -number))
-    start = first + best * tick
-    return start, start + length_s
+    earliest = floor(first / tick)
+    latest = max(earliest, ceil(last / tick) - _TICKS)
+    best = max(range(earliest, latest + 1), key=lambda number: (interest(number), -number))
+    return best * tick, (best + _TICKS) * tick
 
 
 def item_numbers(pieces: Iterable[Piece]) -> dict[str, str]:

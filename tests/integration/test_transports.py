@@ -119,8 +119,8 @@ class Site:
         match self.scheme:
             case "memory":
                 return f"memory:{self.folder}/{name}"
-            case "unix":
-                return f"unix:{self.folder}/{name}"
+            case "unix" | "shm":
+                return f"{self.scheme}:{self.folder}/{name}"
             case _:
                 return "tcp:127.0.0.1:0"
 
@@ -166,13 +166,13 @@ def site_of(scheme: str, folder: Path) -> Iterator[Site]:
         site.threads.shutdown()
 
 
-@pytest.fixture(params=["memory", "unix", "tcp"])
+@pytest.fixture(params=["memory", "shm", "unix", "tcp"])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     """A site of every scheme."""
     yield from site_of(request.param, tmp_path)
 
 
-@pytest.fixture(params=["unix", "tcp"])
+@pytest.fixture(params=["shm", "unix", "tcp"])
 def socket_site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     """A site of every scheme whose peers can be something else than this program."""
     yield from site_of(request.param, tmp_path)

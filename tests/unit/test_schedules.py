@@ -64,7 +64,7 @@ time     0  1  2  3  4  5  6  7  8  9  10 11
 stage 0  F0 F1 .  .  .  .  .  B0--- .  B1---
 stage 1  .  F0 F1 .  .  B0--- .  B1--- .  .
 stage 2  .  .  F0 B0--- F1 B1--- .  .  .  .
-""".replace(" 10 11\n", "  10 11\n").replace("9  10", "9  10")
+"""
     )
 
 
@@ -73,8 +73,8 @@ def test_interleaved_passes_every_worker_twice() -> None:
     schedule = interleaved(4, 2, workers=2)
     assert drawn(schedule) == (
         """
-time        0   1   2   3   4   5   6   7   8   9   10  11  12  13
-stages 0,2  0F0 0F1 2F0 2F1 .   .   2B0---- 2B1---- 0B0---- 0B1----
+time        0   1   2   3   4   5   6   7   8   9   10  11  12  13  14
+stages 0,2  0F0 0F1 2F0 2F1 .   .   2B0---- .   2B1---- 0B0---- 0B1----
 stages 1,3  .   1F0 1F1 3F0 3B0---- 3F1 3B1---- 1B0---- 1B1---- .   .
 """
     )
@@ -104,7 +104,7 @@ def test_a_pp_goes_on_from_step_to_step() -> None:
 time     0  1  2  3  4  5  6  7  8  9  10 11 12 13 14 15 16 17 18 19 20
 stage 0  F0 F1 .  .  B0--- F2 B1--- F3 B2--- F4 B3--- F5 B4--- .  B5---
 stage 1  .  F0 B0--- F1 B1--- F2 B2--- F3 B3--- F4 B4--- F5 B5--- .  .
-""".replace("F0 F1 .  .  B0", "F0 F1 .  B0")
+"""
     )
     assert [schedule.version_of(step) for step in range(3)] == [0, 0, 1]
 
@@ -160,10 +160,10 @@ def test_costs_and_delays_move_everything_after_them() -> None:
         [("0F0", 0, 1), ("0B0", 8, 9), ("0F1", 11, 12), ("0B1", 19, 20)],
         [("1F0", 1.5, 4.5), ("1B0", 4.5, 7.5), ("1F1", 12.5, 15.5), ("1B1", 15.5, 18.5)],
     ]
-    assert timing.versions == (0, 11, 22)
+    assert list(timing.versions) == [0, 11, 22]
     assert timing.makespan == 20
-    assert timing.busy == (4, 12)
-    assert timing.bubble_shares == (0.8, 0.4)
+    assert list(timing.busy) == [4, 12]
+    assert list(timing.bubble_shares) == pytest.approx([0.8, 0.4])
     assert timing.bubble_share == pytest.approx(0.6)
 
 

@@ -8,8 +8,8 @@ All schedules here are one idea with different numbers: a worker runs a *lead* o
 one forward and one backward, then ends with the backwards that are left. `orders` has them, `validate` checks any,
 `simulate` times any, `held_by_stage` says what memory it takes, `grid` draws it.
 
-A stage's gradients are added up in the order of microbatches under every schedule, so all of those that compute on
-the same weights end in the same bits.
+A stage's gradients come in the order of microbatches under every schedule, so all of those that compute on the same
+weights add up the same numbers in the same order.
 """
 
 from lemix_common.schedules.action import Action, Schedule, Work
@@ -36,8 +36,8 @@ __all__ = [
     "Timing",
     "Work",
     "a_pp",
-    "grid",
     "gpipe",
+    "grid",
     "held_by_stage",
     "held_by_worker",
     "interleaved",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -35,20 +35,23 @@ class Action:
         """What is done when this is: a whole backward is its two halves."""
         if self.work is not Work.BACKWARD:
             return (self,)
-        return replace(self, work=Work.INPUT_GRADIENT), replace(self, work=Work.WEIGHT_GRADIENT)
+        return self._as(Work.INPUT_GRADIENT), self._as(Work.WEIGHT_GRADIENT)
 
     def needs(self, stages: int) -> tuple[Action, ...]:
         """What must be done before, on this stage and its neighbours."""
         match self.work:
             case Work.FORWARD:
-                return (replace(self, stage=self.stage - 1),) if self.stage else ()
+                return (Action(self.stage - 1, self.work, self.microbatch),) if self.stage else ()
             case Work.BACKWARD | Work.INPUT_GRADIENT:
-                forward = replace(self, work=Work.FORWARD)
+                forward = self._as(Work.FORWARD)
                 if self.stage == stages - 1:
                     return (forward,)
                 return forward, Action(self.stage + 1, Work.INPUT_GRADIENT, self.microbatch)
             case Work.WEIGHT_GRADIENT:
-                return (replace(self, work=Work.INPUT_GRADIENT),)
+                return (self._as(Work.INPUT_GRADIENT),)
+
+    def _as(self, work: Work) -> Action:
+        return Action(self.stage, work, self.microbatch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Final
 
 from lemix_common.errors import BadInput
@@ -158,12 +158,10 @@ def _rounds(microbatches: int, workers: int) -> list[range]:
     number = max(1, microbatches // workers)
     each, more = divmod(microbatches, number)
     borders = [index * each + min(index, more) for index in range(number + 1)]
-    return [range(start, stop) for start, stop in zip(borders, borders[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(borders)]
 
 
-def _synchronous(
-    name: str, orders: Iterable[Order], stages: int, microbatches: int, steps: int
-) -> Schedule:
+def _synchronous(name: str, orders: Iterable[Order], stages: int, microbatches: int, steps: int) -> Schedule:
     """One step's orders, again for each step."""
     return Schedule(
         name=name,

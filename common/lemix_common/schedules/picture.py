@@ -27,7 +27,9 @@ def grid(schedule: Schedule, *, width: int = 0) -> str:
     names = ["time", *(_name(stages) for stages in hosted)]
     margin = max(map(len, names)) + 2
     slots = round(timing.makespan)
-    cell = 1 + max(len(str(slots - 1)), *(len(_label(span, short)) for spans in timing.spans for span in spans))
+    cell = 1 + max(
+        len(str(slots - 1)), *(len(_label(span, short)) for spans in timing.spans for span in spans)
+    )
     lines = [
         "".join(str(slot).ljust(cell) for slot in range(slots)),
         *("".join(_cells(spans, slots, cell, short=short)) for spans in timing.spans),

@@ -56,16 +56,14 @@ class Timing:
         return sum(self.bubble_shares) / len(self.spans)
 
 
-def simulate(
-    schedule: Schedule, cost: Cost = unit_cost, *, send: float = 0.0, commit: float = 0.0
-) -> Timing:
+def simulate(schedule: Schedule, cost: Cost = unit_cost, *, send: float = 0.0, commit: float = 0.0) -> Timing:
     """Let every worker do its order, each action as soon as the worker is free and what it needs is there.
 
     ``cost`` is what an action takes, ``send`` what a tensor takes to another worker, ``commit`` what lies between a
     step's last gradient and its weights. Orders that wait for each other for ever are a `BadInput`.
     """
     course = _Course(schedule, cost, send, commit, spans=[[] for _ in schedule.orders])
-    while any([course.advance(worker) for worker in range(len(schedule.orders))]):
+    while any(course.advance(worker) for worker in range(len(schedule.orders))):
         pass  # until no worker can do anything more
     stuck = [course.next_of(worker) for worker in range(len(schedule.orders))]
     if any(stuck):

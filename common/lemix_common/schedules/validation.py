@@ -28,7 +28,10 @@ def validate(schedule: Schedule) -> None:
     faults = [
         *(f"{action} is missing" for action in _sorted(wanted - set(times))),
         *(f"{action} is not of this schedule" for action in _sorted(set(times) - wanted)),
-        *(f"{action} is done {times[action]} times" for action in _sorted(wanted) if times[action] > 1),
+        *(
+            f"{action} is done {times[action]} times"
+            for action in _sorted({action for action in wanted if times[action] > 1})
+        ),
         *(
             f"stage {stage} is on {workers} workers"
             for stage, workers in Counter(stage for stages in schedule.hosted() for stage in stages).items()

@@ -184,6 +184,7 @@ for n = 0, nodes - 1 do
   end
 end
 local first = tonumber(redis.call('HGET', K.run(run), 'published') or '0') + 1
+local examples = 0
 for k = first, tonumber(step) do
   for _, item in ipairs(cjson.decode(redis.call('HGET', K.step(run, k), 'items') or '[]')) do
     if redis.call('HGET', K.item(item), 'state') == 'committed' then
@@ -192,11 +193,15 @@ for k = first, tonumber(step) do
       redis.call('HSET', K.item(item), 'state', 'done', 'ended_at', now, 'weights_version', version, 'result', result)
       redis.call('HINCRBY', K.totals, 'done', 1)
       redis.call('HINCRBY', K.totals, 'open', -1)
+      examples = examples + 1
       reply(item, 'event', 'done', 'weights_version', version, 'result', result)
     end
   end
 end
 redis.call('HSET', K.run(run), 'published', step)
+redis.call('XADD', K.version_log, 'MAXLEN', '~', 10000, '*', 'version', version, 'parent', old, 'run', run,
+           'step', step, 'examples', examples, 'loss', redis.call('HGET', K.step(run, step), 'loss') or '',
+           'sha256', redis.call('HGET', K.version(version), 'sha256') or '', 'published_at', now)
 return {'ok'}
 """,
 )
@@ -321,6 +326,13 @@ class Versions:
     def live(self) -> dict[str, str]:
         """``served`` and, where there are such, ``draining`` and ``preparing``."""
         return self.broker.hash(self.broker.keys.versions)
+
+    def published(self, count: int) -> list[dict[str, str]]:
+        """The versions published last, newest first: version, parent, run, step, examples, loss, sha256, published_at."""
+        log: Any = self.broker.again(
+            lambda: self.broker.client.xrevrange(self.broker.keys.version_log, count=count)
+        )
+        return [dict(fields) for _, fields in log]
 
     def version(self, version: str) -> dict[str, str]:
         """A version's fields."""

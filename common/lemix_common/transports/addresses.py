@@ -11,7 +11,6 @@ from typing import Final
 
 from lemix_common.errors import SettingsError
 
-
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 

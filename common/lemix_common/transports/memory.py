@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from threading import Condition, Lock
 from typing import Final, NamedTuple
 
-from lemix_common.errors import ClusterError, PeerLost, PeerRefused, SettingsError
+from lemix_common.errors import ClusterError, PeerLost, PeerRefused, PeerUnreachable, SettingsError
 from lemix_common.ids import WorkerId
 from lemix_common.messages import Frame
 from lemix_common.transports.addresses import MemoryAddress, parse_address
@@ -50,7 +50,7 @@ class MemoryTransport:
         with _listeners_lock:
             listener = _listeners.get(_name(address))
         if listener is None:
-            raise PeerLost(f"nobody answers at {address}")
+            raise PeerUnreachable(f"nobody answers at {address}")
         there, back = _Pipe(self._timeouts.send_s), _Pipe(self._timeouts.send_s)
         listener.meet(self._identity, MemoryChannel(self._identity.worker, there, back, self._pool))
         return MemoryChannel(listener.worker, back, there, self._pool)

@@ -1,4 +1,4 @@
-"""Frames over a connected socket: the sender's own memory in, pooled memory out.
+"""Frames over a connected stream of bytes: the sender's own memory in, pooled memory out.
 
 Sending is one `sendmsg` of the frame's pieces. Receiving reads a little ahead, so that a small frame costs
 one system call; the rest of a large payload goes from the kernel straight into its pooled buffer. Everything
@@ -15,7 +15,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from threading import Lock
-from typing import Final
+from typing import Final, Protocol
 
 from lemix_common.errors import BadFrame, PeerLost
 from lemix_common.ids import WorkerId
@@ -24,19 +24,47 @@ from lemix_common.transports.base import Delivery
 from lemix_common.transports.pool import BufferPool
 from lemix_common.wire import FRAMES, PRELUDE_BYTES, TensorBuffer
 
-_READ_AHEAD: Final = 2**14
+READ_AHEAD: Final = 2**14
 _PIECES: Final = 1_024
 """Of one `sendmsg`; Linux takes no more."""
 
 
-class SocketChannel:
-    """A channel over a connected, authenticated, blocking socket that has a send time-out (`SO_SNDTIMEO`)."""
+class Connection(Protocol):
+    """What carries bytes both ways, with a socket's calls and errors; both directions may be used at once."""
 
-    def __init__(self, connection: socket.socket, peer: WorkerId, pool: BufferPool) -> None:
+    def sendmsg(self, pieces: Sequence[memoryview], /) -> int:
+        """Send some of the pieces' bytes; `BlockingIOError` if none was taken within a time-out."""
+
+    def recv_into(self, view: memoryview, num_bytes: int, flags: int, /) -> int:
+        """Wait for bytes, up to so many (all of them with `MSG_WAITALL`); 0 at the end."""
+
+    def shutdown(self, how: int, /) -> None:
+        """End both directions and wake who waits."""
+
+    def close(self) -> None:
+        """Free it, when nobody is inside any more."""
+
+
+class Wire(Protocol):
+    """How frames go over a connection; the channel sees to it that one thread writes and one reads at a time."""
+
+    def write(self, pieces: list[memoryview]) -> None:
+        """Send the frame that these pieces are."""
+
+    def read(self) -> Delivery:
+        """Wait for the next frame; `EOFError` at the end."""
+
+    def close(self) -> None:
+        """Let go of what the connection had."""
+
+
+class SocketChannel:
+    """A channel over a connected and authenticated connection that has a time-out for sending."""
+
+    def __init__(self, connection: Connection, peer: WorkerId, wire: Wire) -> None:
         self._connection = connection
         self._peer = peer
-        self._pool = pool
-        self._reader = _Reader(connection)
+        self._wire = wire
         self._sending = Lock()
         self._receiving = Lock()
         self._end: str | None = None
@@ -52,7 +80,7 @@ class SocketChannel:
         with self._sending:
             self._check_open()
             try:
-                send_all(self._connection, pieces)
+                self._wire.write(pieces)
             except BlockingIOError as error:
                 raise self._lost(f"{self._peer} takes nothing any more") from error
             except OSError as error:
@@ -63,7 +91,7 @@ class SocketChannel:
         with self._receiving:
             self._check_open()
             try:
-                return self._read_frame()
+                return self._wire.read()
             except EOFError as error:
                 raise self._lost(f"{self._peer} ended the connection") from error
             except OSError as error:
@@ -76,14 +104,8 @@ class SocketChannel:
         """End the connection, wait until nobody is inside, and close it."""
         self._lost(f"the channel to {self._peer} was closed")
         with self._sending, self._receiving:
+            self._wire.close()
             self._connection.close()
-
-    def _read_frame(self) -> Delivery:
-        prelude = FRAMES.read_prelude(self._reader.read(PRELUDE_BYTES))
-        header = FRAMES.read_header(prelude, self._reader.read(prelude.header_bytes))
-        payload, release = self._pool.take(prelude.payload_bytes)
-        self._reader.read_into(payload)
-        return Delivery(header.message, header.tensors(payload), release)
 
     def _check_open(self) -> None:
         if self._end is not None:
@@ -98,27 +120,56 @@ class SocketChannel:
         return PeerLost(self._end)
 
 
-def send_all(connection: socket.socket, pieces: list[memoryview]) -> None:
+class StreamWire:
+    """Whole frames, one after another."""
+
+    def __init__(self, connection: Connection, pool: BufferPool) -> None:
+        self._connection = connection
+        self._pool = pool
+        self._reader = Reader(connection)
+
+    def write(self, pieces: list[memoryview]) -> None:
+        """Send the frame from the tensors' own memory."""
+        send_all(self._connection, pieces)
+
+    def read(self) -> Delivery:
+        """Wait for the next frame; its payload goes into a pooled buffer."""
+        return read_frame(self._reader.read(PRELUDE_BYTES), self._reader, self._pool)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+
+def send_all(connection: Connection, pieces: Sequence[memoryview]) -> None:
     """Send all the pieces in order; `BlockingIOError` if a time-out passes in which none of it was taken."""
     while pieces:
-        sent = connection.sendmsg(pieces[:_PIECES])
-        pieces = _without(pieces, sent)
+        pieces = without(pieces, connection.sendmsg(pieces[:_PIECES]))
 
 
-def _without(pieces: list[memoryview], sent: int) -> list[memoryview]:
+def without(pieces: Sequence[memoryview], sent: int) -> Sequence[memoryview]:
+    """What is left of the pieces after so many bytes."""
     for index, piece in enumerate(pieces):
         if sent < piece.nbytes:
             return [piece[sent:], *pieces[index + 1 :]]
         sent -= piece.nbytes
-    return []
+    return ()
 
 
-class _Reader:
+def read_frame(beginning: memoryview, reader: Reader, pool: BufferPool) -> Delivery:
+    """The frame that begins with this prelude, its payload read into a pooled buffer."""
+    prelude = FRAMES.read_prelude(beginning)
+    header = FRAMES.read_header(prelude, reader.read(prelude.header_bytes))
+    payload, release = pool.take(prelude.payload_bytes)
+    reader.read_into(payload)
+    return Delivery(header.message, header.tensors(payload), release)
+
+
+class Reader:
     """Exact reads from a connection, `EOFError` at its end; what was read ahead is taken first."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._ahead = memoryview(bytearray(_READ_AHEAD))
+        self._ahead = memoryview(bytearray(READ_AHEAD))
         self._start = self._end = 0
 
     def read(self, num_bytes: int) -> memoryview:
@@ -139,18 +190,21 @@ class _Reader:
                 num_bytes = min(len(view), self._end - self._start)
                 view[:num_bytes] = self._ahead[self._start : self._start + num_bytes]
                 self._start += num_bytes
-            elif len(view) >= _READ_AHEAD:
-                num_bytes = self._receive_into(view, socket.MSG_WAITALL)
+            elif len(view) >= READ_AHEAD:
+                num_bytes = self._connection.recv_into(view, len(view), socket.MSG_WAITALL)
+                if num_bytes == 0:
+                    raise EOFError
             else:
                 num_bytes = 0
                 self._read_ahead()
             view = view[num_bytes:]
 
     def _read_ahead(self) -> None:
-        self._start, self._end = 0, self._receive_into(self._ahead)
-
-    def _receive_into(self, view: memoryview, flags: int = 0) -> int:
-        num_bytes = self._connection.recv_into(view, len(view), flags)
+        num_bytes = self.receive_ahead(self._ahead)
         if num_bytes == 0:
             raise EOFError
-        return num_bytes
+        self._start, self._end = 0, num_bytes
+
+    def receive_ahead(self, ahead: memoryview) -> int:
+        """Wait for whatever comes; 0 at the end."""
+        return self._connection.recv_into(ahead, len(ahead), 0)

@@ -13,7 +13,7 @@ from typing import Any, Self, overload
 from lemix.answers import Answer, Generation, Score, Trained
 from lemix.connection import Connection, open_connection
 from lemix.discovery import find_cluster
-from lemix.flushing import flush
+from lemix.flushing import flush, wait_for_version
 from lemix.futures import Future
 from lemix.inbox import Inbox
 from lemix.items import DEFAULT_NEW_TOKENS, GenerateItem, Item, ScoreItem, Text, TrainItem
@@ -23,10 +23,11 @@ from lemix.status import Status, read_status
 from lemix.token_stream import TokenStream
 from lemix.waiting import WaitingItem
 from lemix_common.errors import BadInput, BrokerUnreachable, QueueFull, WaitTimeout
-from lemix_common.ids import ItemId, check_item_id, new_item_id
+from lemix_common.ids import ItemId, Version, check_item_id, new_item_id
 from lemix_common.sampling import GREEDY, Sampling
 from lemix_common.store.cluster import MAIN_RUN
 from lemix_common.store.items import ENDED, Items
+from lemix_common.store.versions import Versions
 
 
 class Client:
@@ -133,6 +134,14 @@ class Client:
     def flush(self, timeout: float | None = None, *, run: str = MAIN_RUN) -> str:
         """Wait until everything submitted before is in the served weights; returns their version."""
         return flush(self._broker, run, timeout_s=timeout)
+
+    def wait_for_version(self, version: str, timeout: float | None = None) -> str:
+        """Wait until this version of the current lineage, or a newer one, is served; returns the one that is."""
+        return wait_for_version(self._broker, Version.parse(version), timeout_s=timeout)
+
+    def versions(self, count: int = 20) -> list[dict[str, str]]:
+        """The versions published last, newest first."""
+        return Versions(self._broker).published(count)
 
     # ---- the cluster
     def status(self) -> Status:

@@ -50,7 +50,9 @@ class Finding:
     to_do: str = ""
 
     def __str__(self) -> str:
-        return f"{self.verdict:<5}  {self.check:<14}  {self.found}" + (f": {self.to_do}" if self.to_do else "")
+        return f"{self.verdict:<5}  {self.check:<14}  {self.found}" + (
+            f": {self.to_do}" if self.to_do else ""
+        )
 
     def to_fields(self) -> dict[str, str]:
         """As JSON shows it."""
@@ -172,9 +174,7 @@ def check_durability(where: str, configuration: Mapping[str, str]) -> Finding:
     return Finding("broker", "ok", f"{where} answers and keeps every write (appendfsync always)")
 
 
-def check_ports(
-    wanted: Questions, environment: Mapping[str, str], *, is_running: bool
-) -> Iterator[Finding]:
+def check_ports(wanted: Questions, environment: Mapping[str, str], *, is_running: bool) -> Iterator[Finding]:
     """The ports that were asked for are free; any free ones are, where none was."""
     try:
         first = metrics_address(environment).port

@@ -1,4 +1,4 @@
-"""Waiting until everything submitted so far is in the served weights."""
+"""Waiting until the served weights are new enough: for everything submitted so far, or for a version."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from lemix_common.broker import Broker
 from lemix_common.clock import wait_until
 from lemix_common.errors import ClusterError
+from lemix_common.ids import Version
 from lemix_common.store.cluster import Cluster
 from lemix_common.store.training import Training
 from lemix_common.store.versions import Versions
@@ -33,6 +34,18 @@ def flush(broker: Broker, run: str, *, timeout_s: float | None) -> str:
         planned = training.state().planned
     wait_for(lambda: training.state().published >= planned, f"step {planned} is served")
     return Versions(broker).live()["served"]
+
+
+def wait_for_version(broker: Broker, version: Version, *, timeout_s: float | None) -> str:
+    """Wait until ``version`` or a newer one is served; returns the served one."""
+    versions = Versions(broker)
+    wait_until(
+        lambda: Version.parse(versions.live()["served"]) >= version or _stops(broker),
+        what=f"version {version} is served",
+        timeout_s=math.inf if timeout_s is None else timeout_s,
+        interval_s=_POLL_S,
+    )
+    return versions.live()["served"]
 
 
 def _all_planned(training: Training) -> bool:

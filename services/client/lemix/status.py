@@ -125,9 +125,7 @@ def read_status(broker: Broker) -> Status:
         state=state.get("state", "unknown"),
         leader=leader,
         leader_epoch=int(leader_epoch or 0),
-        nodes=[
-            _node(number, fields, settings.stages, workers, busy) for number, fields in enumerate(nodes)
-        ],
+        nodes=[_node(number, fields, settings.stages, workers, busy) for number, fields in enumerate(nodes)],
         workers=_workers(broker, workers, settings.heartbeat_expiry_s),
         queues={name: _queue(queue) for name, queue in read_queues(broker, settings.nodes).items()},
         dead_letters=letters,

@@ -13,15 +13,17 @@ from rich.text import Text
 
 from lemix.status import NodeStatus, StageStatus, Status, training_tax
 
-COLOURS: Mapping[str, str] = {
-    "decode": "#F0B429",
-    "prefill": "#F7D88A",
+SERVING: Mapping[str, str] = {"decode": "#F0B429", "prefill": "#F7D88A"}
+TRAINING: Mapping[str, str] = {
     "training_forward": "#4C86CF",
     "training_backward": "#8CCFC0",
     "optimizer": "#A0A0A0",
 }
+COLOURS: Mapping[str, str] = {**SERVING, **TRAINING}
 """Kinds of work, in the order of a bar. Like the timeline's, but visible on dark and on light terminals."""
 _BAR_CELLS = 24
+_NODE_CELLS, _LEAST_CELLS = 12, 22
+"""Columns of the terminal that a node's name needs, and at least a stage."""
 _FULL, _EMPTY = "█", "·"
 
 
@@ -33,15 +35,50 @@ class Sight:
     status: Status
 
 
-def frame(now: Sight, earlier: Sight | None = None, *, trouble: str = "") -> RenderableType:
+def frame(now: Sight, earlier: Sight | None = None, *, width: int = 80, trouble: str = "") -> RenderableType:
     """One picture of the cluster; rates are over the time since ``earlier``."""
-    parts: list[RenderableType] = [_head(now, earlier), _nodes(now.status["nodes"]), _queues(now.status)]
-    if now.status["failures"]:
-        parts.append(_failures(now.status))
+    status = now.status
+    about = Text("\n".join(summary(status, _since(now, earlier))))
+    title = f"cluster {status['cluster']}, {status['state']}"
+    parts: list[RenderableType] = [
+        Panel(about, title=title, title_align="left", box=box.ROUNDED),
+        _nodes(status["nodes"], width),
+        _queues(status),
+    ]
+    if status["failures"]:
+        newest = status["failures"][0]
+        parts.append(Text(f"failed last: {newest['item']}: {newest['reason']}", style="red", no_wrap=True))
     parts.append(_legend())
     if trouble:
         parts.append(Text(trouble, style="bold red"))
     return Group(*parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Lately:
+    """What happened between two sights."""
+
+    done_per_s: float
+    training_tax: float
+
+
+def summary(status: Status, lately: Lately | None = None) -> list[str]:
+    """A cluster in six lines."""
+    totals, run, versions = status["totals"], status["training"], status["versions"]
+    alive = sum(worker["heartbeat_age_s"] is not None for worker in status["workers"])
+    other = [f", {versions[name]} is {name}" for name in ("preparing", "draining") if versions.get(name)]
+    counts = [f"{totals.get(name, 0):.0f} {name}" for name in ("open", "failed", "cancelled", "refused")]
+    rate = f" ({lately.done_per_s:.1f}/s)" if lately else ""
+    letters = f"{status['dead_letters']} dead letters"
+    tax_now = f", {lately.training_tax:.1%} now" if lately else ""
+    return [
+        f"leader   {status['leader'] or 'nobody'}, epoch {status['leader_epoch']}",
+        f"workers  {alive} alive, {len(status['workers']) - alive} silent",
+        f"version  {status['weights_version']} is served{''.join(other)}",
+        f"steps    {', '.join(f'{step} {name}' for name, step in run.items())}",
+        f"items    {totals.get('done', 0):.0f} done{rate}, {', '.join(counts)}, {letters}",
+        f"tax      {status['training_tax']:.1%} since the start{tax_now}",
+    ]
 
 
 def bar(busy: Mapping[str, float], cells: int = _BAR_CELLS) -> Text:
@@ -60,64 +97,38 @@ def recent_tax(now: Mapping[str, float], earlier: Mapping[str, float]) -> float:
     return training_tax({name: now.get(name, 0.0) - earlier.get(name, 0.0) for name in sums})
 
 
-def _head(now: Sight, earlier: Sight | None) -> Panel:
-    status, totals = now.status, now.status["totals"]
-    run, versions = status["training"], status["versions"]
-    lines = [
-        f"leader {status['leader'] or 'nobody'} (epoch {status['leader_epoch']})   "
-        f"workers {sum(w['heartbeat_age_s'] is not None for w in status['workers'])} alive, "
-        f"{sum(w['heartbeat_age_s'] is None for w in status['workers'])} silent",
-        f"version {status['weights_version']} is served"
-        + "".join(f", {versions[name]} {name}" for name in ("preparing", "draining") if versions.get(name)),
-        f"steps {run['planned']} planned, {run['committed']} committed, {run['published']} published, "
-        f"{run['checkpoint']} in a checkpoint",
-        f"items {totals.get('done', 0):.0f} done{_rate(now, earlier)}, {totals.get('open', 0):.0f} open, "
-        f"{totals.get('failed', 0):.0f} failed, {totals.get('cancelled', 0):.0f} cancelled, "
-        f"{totals.get('refused', 0):.0f} refused, {status['dead_letters']} dead letters",
-        f"training tax {status['training_tax']:.1%}{_tax_now(now, earlier)}",
-    ]
-    title = f"cluster {status['cluster']} · {status['state']}"
-    return Panel(Text("\n".join(lines)), title=title, title_align="left", box=box.ROUNDED)
-
-
-def _rate(now: Sight, earlier: Sight | None) -> str:
+def _since(now: Sight, earlier: Sight | None) -> Lately | None:
     if earlier is None or now.at <= earlier.at:
-        return ""
-    done = now.status["totals"].get("done", 0) - earlier.status["totals"].get("done", 0)
-    return f" ({done / (now.at - earlier.at):.1f}/s)"
+        return None
+    totals, before = now.status["totals"], earlier.status["totals"]
+    done = totals.get("done", 0.0) - before.get("done", 0.0)
+    return Lately(done / (now.at - earlier.at), recent_tax(totals, before))
 
 
-def _tax_now(now: Sight, earlier: Sight | None) -> str:
-    if earlier is None:
-        return " since the start"
-    return f" since the start, {recent_tax(now.status['totals'], earlier.status['totals']):.1%} now"
-
-
-def _nodes(nodes: Sequence[NodeStatus]) -> Table:
-    """A row a node, a column a stage."""
-    table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False)
-    table.add_column("node", no_wrap=True)
-    stages = max((len(node["stages"]) for node in nodes), default=0)
-    for stage in range(stages):
-        table.add_column(f"stage {stage}", no_wrap=True)
+def _nodes(nodes: Sequence[NodeStatus], width: int) -> Table:
+    """A row a node, a column a stage; a node with more stages than fit goes on in the next row."""
+    stages = max((len(node["stages"]) for node in nodes), default=1)
+    columns = max(1, min(stages, (width - _NODE_CELLS) // _LEAST_CELLS))
+    cells = min(_BAR_CELLS, (width - _NODE_CELLS) // columns - len(" 100 %   "))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("node", min_width=_NODE_CELLS - 2, no_wrap=True)
+    for _ in range(columns):
+        table.add_column("stage", no_wrap=True)
     for node in nodes:
-        state = Text(f"{node['node']} {node['state']}", style="" if node["state"] == "ready" else "yellow")
-        state.append(f"\nepoch {node['placement_epoch']}", style="dim")
-        table.add_row(state, *(_cell(stage) for stage in node["stages"]))
+        label = Text(f"{node['node']} {node['state']}", style="" if node["state"] == "ready" else "yellow")
+        label.append(f"\nepoch {node['placement_epoch']}", style="dim")
+        for first in range(0, len(node["stages"]), columns):
+            row = node["stages"][first : first + columns]
+            table.add_row(label if first == 0 else "", *(_cell(stage, cells) for stage in row))
     return table
 
 
-def _cell(stage: StageStatus) -> Text:
-    busy = sum(stage["busy"].values())
-    text = Text(stage["worker"] or "nobody")
-    text.append("\n").append(bar(stage["busy"])).append(f" {busy:.0%}\n")
+def _cell(stage: StageStatus, cells: int) -> Text:
+    text = Text(f"{stage['stage']} {stage['worker'] or 'nobody'}\n")
+    text.append(bar(stage["busy"], cells)).append(f" {sum(stage['busy'].values()):.0%}\n")
     layers = "–".join(str(layer) for layer in stage["layers"]) or "?"
-    about = [
-        f"version {stage['weights_version'] or '–'}",
-        f"layers {layers}",
-        f"{stage['memory_used_bytes'] / 2**20:.1f} MiB",
-    ]
-    return text.append(" · ".join(about), style="dim")
+    about = f"{stage['weights_version'] or 'no version'}, layers {layers}"
+    return text.append(about, style="dim")
 
 
 def _queues(status: Status) -> Table:
@@ -130,11 +141,6 @@ def _queues(status: Status) -> Table:
             name, str(queue["depth"]), str(queue["pending"]), f"{queue['oldest_age_s']:.1f} s", held or "–"
         )
     return table
-
-
-def _failures(status: Status) -> Text:
-    newest = status["failures"][0]
-    return Text(f"failed last: {newest['item']}: {newest['reason']}", style="red", no_wrap=True)
 
 
 def _legend() -> Text:

@@ -59,8 +59,7 @@ def cluster_samples(figures: ClusterFigures) -> Iterator[Sample]:
     yield Sample(RESPONSE_TIME, totals.get("response_s", 0))
     yield Sample(BLOCKED_TIME, totals.get("blocked_s", 0))
     yield from (
-        Sample(NODES, figures.nodes.get(state, 0), (state,))
-        for state in ("ready", "starting", "unplaced")
+        Sample(NODES, figures.nodes.get(state, 0), (state,)) for state in ("ready", "starting", "unplaced")
     )
     yield Sample(WORKERS, figures.workers_alive, ("alive",))
     yield Sample(WORKERS, figures.workers_silent, ("silent",))

@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from lemix_coordinator.commands import ForgetWorker, PlaceNode
 from lemix_coordinator.view import ClusterView
+
+Position = tuple[int, int]
+"""(node, stage)."""
 
 
 def place(view: ClusterView) -> Iterator[ForgetWorker | PlaceNode]:
     """Empty the positions of dead workers, fill empty ones, renew nodes whose links broke.
 
-    A position goes to a worker with room (nodes x stages / workers, rounded up, each). Where none has, it waits
-    ``takeover_after_s`` for a fresh process; then the living worker with the fewest stages takes it too.
+    A cluster without any host waits for all its workers, ``takeover_after_s`` at most, and spreads the stages over
+    those that are there. Later an empty position goes to a worker with room, and waits as long for one.
     """
-    alive = {worker.worker for worker in view.workers if not worker.is_dead}
-    hosts = {
+    alive = sorted(worker.worker for worker in view.workers if not worker.is_dead)
+    living = {
         (node.node, index): stage.worker if stage.worker in alive else ""
         for node in view.nodes
         for index, stage in enumerate(node.stages)
     }
-    load = Counter(dict.fromkeys(sorted(alive), 0))
-    load.update(worker for worker in hosts.values() if worker)
-    patience_s = view.settings.takeover_after_s
-    # a cluster that starts waits for all its workers before it spreads the stages
-    is_forming = (
-        not any(hosts.values())
-        and len(alive) < view.settings.num_workers
-        and max(view.empty_for_s.values(), default=0.0) < patience_s
-    )
-    room = -(-len(hosts) // view.settings.num_workers)
-    for position in sorted(hosts):
-        if hosts[position] or is_forming or not alive:
-            continue
-        with_room = [worker for worker in load if load[worker] < room]
-        if with_room:
-            # neighbours share a worker where one hosts several stages
-            chosen = max(with_room, key=lambda worker: (load[worker] > 0, -_order(worker, load)))
-        elif view.empty_for_s.get(position, 0.0) >= patience_s:
-            chosen = min(load, key=lambda worker: (load[worker], worker))
-        else:
-            continue
-        hosts[position] = chosen
-        load[chosen] += 1
+    hosts = _fill(view, living, alive) if any(living.values()) else _form(view, living, alive)
     for node in view.nodes:
         before = tuple(stage.worker for stage in node.stages)
         after = tuple(hosts[node.node, index] for index in range(len(node.stages)))
@@ -56,8 +37,38 @@ def place(view: ClusterView) -> Iterator[ForgetWorker | PlaceNode]:
             yield ForgetWorker(worker.worker)
 
 
-def _order(worker: str, load: Counter[str]) -> int:
-    return sorted(load).index(worker)
+def _form(view: ClusterView, living: Mapping[Position, str], alive: list[str]) -> Mapping[Position, str]:
+    """Evenly over the workers that are there, neighbours together; more than the settings ask for stand by."""
+    waited_s = max(view.empty_for_s.values(), default=0.0)
+    if not alive or (len(alive) < view.settings.num_workers and waited_s < view.settings.takeover_after_s):
+        return living
+    hosts = alive[: view.settings.num_workers]
+    return {position: hosts[i * len(hosts) // len(living)] for i, position in enumerate(sorted(living))}
+
+
+def _fill(view: ClusterView, living: Mapping[Position, str], alive: list[str]) -> Mapping[Position, str]:
+    """Each empty position to a worker with room, after a while to the living one with the fewest stages.
+
+    There is room for nodes x stages / workers (rounded up) stages; an idle worker takes as many as any other has, since
+    it stands in for one that had them.
+    """
+    hosts = dict(living)
+    load = Counter(dict.fromkeys(alive, 0))
+    load.update(worker for worker in hosts.values() if worker)
+    share = -(-len(hosts) // view.settings.num_workers)
+    room = {worker: share if load[worker] else max(share, *load.values()) for worker in alive}
+    for position in sorted(position for position, worker in hosts.items() if not worker):
+        with_room = [worker for worker in alive if load[worker] < room[worker]]
+        if with_room:
+            # neighbours share a worker where one hosts several stages
+            chosen = next((worker for worker in with_room if load[worker]), with_room[0])
+        elif view.empty_for_s.get(position, 0.0) >= view.settings.takeover_after_s:
+            chosen = min(alive, key=lambda worker: (load[worker], worker))
+        else:
+            continue
+        hosts[position] = chosen
+        load[chosen] += 1
+    return hosts
 
 
 def _reason(before: tuple[str, ...], after: tuple[str, ...]) -> str:

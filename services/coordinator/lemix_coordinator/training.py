@@ -69,9 +69,14 @@ def writers_at(view: ClusterView, step: int) -> tuple[tuple[int, ...], tuple[int
 
 
 def _attempt_lives(view: ClusterView) -> bool:
-    epochs = {node.node: node.epoch for node in view.nodes if node.is_ready}
+    """Every member is where the attempt found it: in the same placement, at the step before.
+
+    One that says it is a step further had that step's optimizer still to run when its node was placed anew.
+    """
+    before = view.run.attempt_step - 1
+    at = {node.node: (node.epoch, node.training_step) for node in view.nodes if node.is_ready}
     members = zip(view.run.members, view.run.epochs, strict=True)
-    return all(epochs.get(member) == epoch for member, epoch in members)
+    return all(at.get(member) == (epoch, before) for member, epoch in members)
 
 
 def _loading(view: ClusterView) -> bool:

@@ -66,12 +66,13 @@ class TrainingState:
             return
         self._own_weights()
         optimizers = self._optimizers or self._make_optimizers(planned.optimizer)
-        leaves = self.model.leaves()
-        for name in self._updated():
-            leaves[name].grad = gradients[name] if scale == 1 else gradients[name].mul_(scale)
+        names = {parameter: name for name, parameter in self.model.leaves().items()}
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = planned.learning_rate
-            optimizer.param_groups[0]["weight_decay"] = planned.weight_decay
+            (group,) = optimizer.param_groups
+            group["lr"], group["weight_decay"] = planned.learning_rate, planned.weight_decay
+            for parameter in group["params"]:  # only now: the next attempt may begin at a safepoint, and clears them
+                gradient = gradients[names[parameter]]
+                parameter.grad = gradient if scale == 1 else gradient.mul_(scale)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             yield

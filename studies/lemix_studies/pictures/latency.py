@@ -11,17 +11,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from lemix_studies.curves import LatencyCurve, binned
 from lemix_studies.measures import percentile
-from lemix_studies.pictures.style import (
-    AMBER,
-    BLUE,
-    DPI,
-    GREY,
-    INK,
-    Format,
-    house_style,
-    light_grid,
-    rendered,
-)
+from lemix_studies.pictures.colours import AMBER, BLUE, GREY, INK
+from lemix_studies.pictures.style import DPI, Format, house_style, light_grid, rendered
 from lemix_studies.wording import duration
 
 _WIDTH_IN, _ROW_IN = 9.0, 2.1

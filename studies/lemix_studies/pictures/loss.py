@@ -9,17 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from lemix_studies.curves import LossCurves, Point, running_mean
-from lemix_studies.pictures.style import (
-    AMBER,
-    BLUE,
-    DPI,
-    GREY,
-    INK,
-    Format,
-    house_style,
-    light_grid,
-    rendered,
-)
+from lemix_studies.pictures.colours import AMBER, BLUE, GREY, INK
+from lemix_studies.pictures.style import DPI, Format, house_style, light_grid, rendered
 
 _WIDTH_IN, _LOSS_IN, _MATCH_IN = 9.0, 3.4, 1.7
 _MOST_VERSIONS = 8

@@ -1,12 +1,8 @@
-"""How all pictures look, and how they become files.
-
-The colours keep apart for colour-blind eyes (a test measures it): what serves is amber, what trains is blue, teal and
-charcoal; the two kinds of idleness are outlines, orchid and red.
-"""
+"""How all pictures look, and how they become files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, Literal
@@ -15,25 +11,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lemix_studies.pictures.colours import INK
+
 Format = Literal["png", "svg"]
-
-AMBER = "#F0B429"
-BLUE = "#2B5C9E"
-TEAL = "#8CCFC0"
-CHARCOAL = "#333333"
-ORCHID = "#B565C9"
-RED = "#C1272D"
-INK = "#222222"
-GREY = "#8A8A8A"
-
-FILLS: Mapping[str, str] = {
-    "prefill": AMBER,
-    "decode": AMBER,
-    "training_forward": BLUE,
-    "training_backward": TEAL,
-    "optimizer": CHARCOAL,
-}
-OUTLINES: Mapping[str, str] = {"idle_serving": ORCHID, "idle_pipeline": RED}
 
 DPI = 140
 _STYLE: dict[Any, Any] = {

@@ -14,7 +14,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from lemix_studies.intervals import Interval
-from lemix_studies.pictures.style import DPI, FILLS, GREY, INK, OUTLINES, Format, house_style, rendered
+from lemix_studies.pictures.colours import FILLS, GREY, INK, OUTLINES
+from lemix_studies.pictures.style import DPI, Format, house_style, rendered
 from lemix_studies.pieces import Piece
 from lemix_studies.recordings import Recording
 from lemix_studies.timelines import item_numbers, role_of, shares_of

@@ -17,7 +17,7 @@ from rich.console import Console
 from lemix.cli.errors import EXIT_TARGET_MISSED, clear_errors
 from lemix.cli.redis_reply import show
 from lemix.cli.setting_options import with_setting_options
-from lemix.cli.status_table import status_tables
+from lemix.cli.status_table import status_tables, versions_table
 from lemix.client import Client
 from lemix.creation import create_cluster
 from lemix.data_dir import DataDir, RunningCluster
@@ -54,6 +54,7 @@ def register(app: typer.Typer) -> None:
     app.command()(with_setting_options(clear_errors(create)))
     app.command()(clear_errors(down))
     app.command()(clear_errors(status))
+    app.command()(clear_errors(versions))
     app.command()(clear_errors(checkpoint))
     app.command()(clear_errors(export))
     app.command(
@@ -144,6 +145,24 @@ def status(
         Console().print(*status_tables(state), sep="\n")
     if check and not can_serve(state):
         raise typer.Exit(EXIT_TARGET_MISSED)
+
+
+def versions(
+    *,
+    url: UrlOption = "",
+    cluster: ClusterOption = "",
+    data_dir: DataDirOption = Path(DEFAULT_DATA_DIR),
+    count: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List the weight versions that were published: parent, step, examples, loss, sha256."""
+    address = find_cluster(url, cluster, _environment(data_dir))
+    with Client(address.url, cluster=address.cluster) as client:
+        listed = client.versions(count)
+    if as_json:
+        typer.echo(json.dumps({"versions": listed}))
+    else:
+        Console().print(versions_table(listed))
 
 
 def checkpoint(

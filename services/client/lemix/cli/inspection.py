@@ -56,23 +56,29 @@ def top(
     now = broker.clock.now
     seen: deque[Sight] = deque([Sight(now(), read_status(broker))], maxlen=_WINDOW)
     if once:
-        Console().print(frame(seen[-1]))
+        console = Console()
+        console.print(frame(seen[-1], width=console.width))
         return
     try:
-        with keys() as wait, Live(frame(seen[-1]), screen=True, auto_refresh=False) as live:
+        with keys() as wait, Live(screen=True, auto_refresh=False) as live:
+            live.update(frame(seen[-1], width=live.console.width), refresh=True)
             while wait(interval) not in {"q", "Q"}:
                 trouble = ""
                 try:
                     seen.append(Sight(now(), read_status(broker)))
                 except BrokerError as error:
                     trouble = f"this is old: {error}"
-                live.update(frame(seen[-1], seen[0] if len(seen) > 1 else None, trouble=trouble), refresh=True)
+                earlier = seen[0] if len(seen) > 1 else None
+                picture = frame(seen[-1], earlier, width=live.console.width, trouble=trouble)
+                live.update(picture, refresh=True)
     except KeyboardInterrupt:
         pass
 
 
 def item(
-    item_id: Annotated[str, typer.Argument(metavar="ID", help="As submit, generate --json or a log says it.")],
+    item_id: Annotated[
+        str, typer.Argument(metavar="ID", help="As submit, generate --json or a log says it.")
+    ],
     *,
     url: UrlOption = "",
     cluster: ClusterOption = "",
@@ -93,7 +99,9 @@ def doctor(
     stages: Annotated[int, typer.Option(min=1, help="Into how many stages it would be cut.")] = 1,
     workers: Annotated[int, typer.Option(min=1, help="Worker processes you want on this machine.")] = 1,
     url: UrlOption = "",
-    cluster: Annotated[str, typer.Option(envvar="LEMIX_CLUSTER", help="Name of the cluster.")] = DEFAULT_CLUSTER,
+    cluster: Annotated[
+        str, typer.Option(envvar="LEMIX_CLUSTER", help="Name of the cluster.")
+    ] = DEFAULT_CLUSTER,
     data_dir: DataDirOption = Path(DEFAULT_DATA_DIR),
     port: Annotated[int, typer.Option(min=0, max=65535, help="A port you want for the broker.")] = 0,
     as_json: JsonOption = False,

@@ -19,8 +19,7 @@ Wait = Callable[[float], str]
 def keys() -> Iterator[Wait]:
     """Read single keys for a ``with`` block; without a terminal nobody presses any."""
     if not sys.stdin.isatty():
-        never = threading.Event()
-        yield lambda seconds: "" if not never.wait(seconds) else ""
+        yield _nobody
         return
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
@@ -29,6 +28,11 @@ def keys() -> Iterator[Wait]:
         yield lambda seconds: _key(terminal, seconds)
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def _nobody(seconds: float) -> str:
+    threading.Event().wait(seconds)
+    return ""
 
 
 def _key(terminal: int, seconds: float) -> str:

@@ -121,11 +121,13 @@ def _text(explained: Explained, width: int) -> str:
     held = f"{_listed(held_by_stage(schedule))} by stage"
     if workers < schedule.stages:
         held += f"; {_listed(held_by_worker(schedule))} by worker"
+    title = (
+        f"{schedule.name}: {_many(schedule.stages, 'stage')} on {_many(workers, 'worker')}, "
+        f"{_many(schedule.microbatches, 'microbatch', 'microbatches')} a step, {_many(schedule.steps, 'step')}"
+    )
     return "\n".join(
         [
-            f"{schedule.name}: {_many(schedule.stages, 'stage')} on {_many(workers, 'worker')}, "
-            f"{_many(schedule.microbatches, 'microbatch', 'microbatches')} a step, "
-            f"{_many(schedule.steps, 'step')}",
+            title,
             "",
             grid(schedule, width=width),
             "",

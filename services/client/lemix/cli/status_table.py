@@ -1,109 +1,113 @@
-"""`lemix status` and `lemix item` for a reader."""
+"""`lemix status` and `lemix item` for a reader; narrow enough for a terminal of 80 columns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
+from rich import box
+from rich.console import RenderableType
 from rich.table import Table
+from rich.text import Text
+
+from lemix.status import Failure, NodeStatus, QueueStatus, Status, WorkerStatus
+from lemix.top import SERVING, TRAINING, summary
 
 _NONE = "–"
 
 
-def status_tables(status: Mapping[str, Any]) -> list[Table]:
+def status_tables(status: Status) -> Iterator[RenderableType]:
     """The cluster at a glance: itself, its stages, its workers, its queues, what failed, where metrics are."""
-    return [
-        _overview(status),
-        _training(status),
-        _stages(status["nodes"]),
-        _workers(status["workers"]),
-        _queues(status["queues"]),
-        *([_failures(status["failures"])] if status["failures"] else []),
-        *([_metrics(status["metrics"])] if status["metrics"] else []),
-    ]
+    yield Text("\n".join([f"cluster {status['cluster']}, {status['state']}", *summary(status), ""]))
+    yield _stages(status["nodes"])
+    yield _workers(status["workers"])
+    yield _queues(status["queues"])
+    if status["failures"]:
+        yield _failures(status["failures"])
+    if status["metrics"]:
+        yield _table(("process", "metrics"), list(status["metrics"].items()))
 
 
 def item_table(item: str, fields: Mapping[str, str]) -> Table:
-    """All that is known of an item, a line a field; moments as the time of day (UTC)."""
+    """All that is known of an item, a line a field; moments in UTC."""
     rows = [[name, _moment(value) if name.endswith("_at") else value] for name, value in fields.items()]
-    return _table(f"item {item}", ("field", "value"), rows)
+    return _table(("item", item), rows)
 
 
-def _overview(status: Mapping[str, Any]) -> Table:
-    names = ("cluster", "leader", "leader_epoch", "weights_version", "slo_attainment", "dead_letters")
-    tax = f"{status['training_tax']:.1%}"
-    return _table("cluster", (*names, "training_tax"), [[*(status.get(name) for name in names), tax]])
+def versions_table(versions: Sequence[Mapping[str, str]]) -> Table:
+    """Published versions, a line each, newest first."""
+    columns = ("version", "parent", "step", "examples", "loss", "sha256", "published_at")
+    rows = [[_brief(name, version.get(name, _NONE)) for name in columns] for version in versions]
+    return _table(columns, rows)
 
 
-def _training(status: Mapping[str, Any]) -> Table:
-    steps, versions = status["training"], status["versions"]
-    columns = [*(f"step_{name}" for name in steps), *(f"version_{name}" for name in versions)]
-    return _table("training", columns, [[*steps.values(), *versions.values()]])
+def _brief(name: str, value: str) -> str:
+    if name.endswith("_at"):
+        return _moment(value)
+    return value[:12] if name == "sha256" else value
 
 
-def _stages(nodes: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ("node", "state", "stage", "worker", "layers", "version", "busy", "memory")
+def _stages(nodes: Sequence[NodeStatus]) -> Table:
     rows = [
         [
             node["node"],
             node["state"],
             stage["stage"],
             stage["worker"],
-            "–".join(str(layer) for layer in stage["layers"] or ()),
+            "–".join(str(layer) for layer in stage["layers"]),
             stage["weights_version"],
-            ", ".join(f"{kind} {share:.0%}" for kind, share in (stage["busy"] or {}).items()),
-            _mebibytes(stage["memory_used_bytes"]),
+            _share(stage["busy"], SERVING),
+            _share(stage["busy"], TRAINING),
         ]
         for node in nodes
         for stage in node["stages"]
     ]
-    return _table("stages", columns, rows)
+    return _table(("node", "state", "stage", "worker", "layers", "version", "serving", "training"), rows)
 
 
-def _workers(workers: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ("worker", "host", "pid", "device", "heartbeat_age_s", "memory_used", "memory_limit", "address")
+def _workers(workers: Sequence[WorkerStatus]) -> Table:
     rows = [
         [
-            *(worker[name] for name in columns[:5]),
-            _mebibytes(worker["memory_used_bytes"]),
-            _mebibytes(worker["memory_limit_bytes"]),
-            worker["address"],
+            worker["worker"],
+            worker["host"],
+            worker["pid"],
+            worker["device"],
+            _silent(worker["heartbeat_age_s"]),
+            f"{_mebibytes(worker['memory_used_bytes'])} of {_mebibytes(worker['memory_limit_bytes'])}",
         ]
         for worker in workers
     ]
-    return _table("workers", columns, rows)
+    return _table(("worker", "host", "pid", "device", "heartbeat", "memory"), rows)
 
 
-def _queues(queues: Mapping[str, Mapping[str, Any]]) -> Table:
-    columns = ("depth", "pending", "oldest_age_s")
+def _queues(queues: Mapping[str, QueueStatus]) -> Table:
     rows = [
-        [name, *(queue[column] for column in columns), _holders(queue["held_by"])]
+        [name, queue["depth"], queue["pending"], f"{queue['oldest_age_s']:.1f} s", _holders(queue["held_by"])]
         for name, queue in queues.items()
     ]
-    return _table("queues", ("queue", *columns, "held_by"), rows)
+    return _table(("queue", "entries", "taken", "oldest", "taken by"), rows)
 
 
-def _failures(failures: Sequence[Mapping[str, Any]]) -> Table:
+def _failures(failures: Sequence[Failure]) -> Table:
     rows = [[failure["item"], _moment(failure["at"]), failure["reason"]] for failure in failures]
-    return _table("failed last", ("item", "at", "reason"), rows)
+    return _table(("failed last", "at", "reason"), rows)
 
 
-def _metrics(pages: Mapping[str, str]) -> Table:
-    return _table("metrics", ("process", "page"), list(pages.items()))
-
-
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    table = Table(*(column.replace("_", " ") for column in columns), title=title, title_justify="left")
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for column in table.columns:
+        column.overflow = "fold"  # a name is never cut: it is there to be copied
     for row in rows:
-        table.add_row(*(_shown(value) for value in row))
+        table.add_row(*(_NONE if value in {None, ""} else str(value) for value in row))
     return table
 
 
-def _shown(value: object) -> str:
-    if value is None or value in ("", {}):
-        return _NONE
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+def _share(busy: Mapping[str, float], kinds: Collection[str]) -> str:
+    return f"{sum(share for kind, share in busy.items() if kind in kinds):.0%}"
+
+
+def _silent(heartbeat_age_s: float | None) -> str:
+    return "silent" if heartbeat_age_s is None else f"{heartbeat_age_s:.1f} s ago"
 
 
 def _holders(held_by: Mapping[str, int]) -> str:
@@ -114,5 +118,5 @@ def _moment(seconds: str | float) -> str:
     return datetime.fromtimestamp(float(seconds), UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
 
 
-def _mebibytes(num_bytes: object) -> str:
-    return f"{num_bytes / 2**20:.0f} MiB" if isinstance(num_bytes, int) else _NONE
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB"
