@@ -1,7 +1,7 @@
 """Stages' time as rows of letters, a second each, so that a test is a picture.
 
-In what is drawn, digits are a request's pieces, lower case letters a microbatch's forward, upper case its backward, ``#``
-the optimizer; all letters are of one step. In what is read back, ``s`` is serving and ``p`` pipeline idleness.
+In what is drawn, digits are a request's pieces, lower case letters a microbatch's forward, upper case its backward,
+``#`` the optimizer; all letters are of one step. In what is read back, ``s`` is serving and ``p`` pipeline idleness.
 """
 
 from __future__ import annotations

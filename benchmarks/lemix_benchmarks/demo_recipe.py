@@ -48,7 +48,7 @@ class Recipe:
     batch: int = 512
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
-    drift: int = 30
+    drift: int = 15
     """Facts that change with each step."""
     settling: float = 0.25
     """Share of the steps, the last ones, in which the catalogue stands still and the learning rate falls."""

@@ -100,6 +100,10 @@ class Keys:
         """String with expiry: the heartbeat, its value the compute loop's progress counter."""
         return self._key("worker", worker, "alive")
 
+    def tensors(self, name: str) -> str:
+        """Pub/Sub channel, nothing is kept: tensors to a worker that only the broker leads to."""
+        return self._key("tensors", name)
+
     @property
     def placement_epoch(self) -> str:
         """Counter: raised at each change of a node's placement."""

@@ -5,6 +5,7 @@ The cluster is in this process; killed parts fall silent as after SIGKILL (see `
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,7 +17,10 @@ from faults.scenario import Load, notices, small_settings
 from lemix_common.clock import wait_until
 from lemix_common.server import RunningBroker
 from lemix_common.store.cluster import Cluster
-from mortality import KillPoint
+from lemix_stage_worker import worker as worker_module
+from lemix_stage_worker.model.source import ModelSource
+from lemix_stage_worker.model.stage import StageModel
+from mortality import KillPoint, MortalBroker
 
 Start = Callable[..., AbstractContextManager[tuple[InProcessCluster, Load]]]
 
@@ -144,6 +148,92 @@ def test_items_wait_for_a_stage_without_a_host(start: Start) -> None:
         cluster.add_worker("worker-1")
         load.settle()
         load.check()
+
+
+# ----------------------------------------------------------------------------------------- at inconvenient moments
+def test_a_link_breaks_between_two_living_workers(start: Start, undisturbed: str) -> None:
+    """What was on its way is lost: the node starts afresh, its items and its step are done again."""
+    with start(stages=2) as (cluster, load):
+        load.serve()
+        load.train()
+        wait_until(lambda: committed(cluster.broker) >= 2, what="2 steps are committed", timeout_s=10)
+        worker = cluster.workers["worker-0"].worker
+        assert worker is not None
+        for channel in list(worker.links._channels.values()):
+            channel.close()
+        load.settle()
+        load.check()
+        assert _fingerprints(cluster) == {undisturbed}
+
+
+def test_a_link_breaks_while_nobody_leads(start: Start, undisturbed: str) -> None:
+    """The next coordinator finds it in the node's hash."""
+    with start(stages=2) as (cluster, load):
+        load.serve()
+        load.train()
+        wait_until(lambda: committed(cluster.broker) >= 2, what="2 steps are committed", timeout_s=10)
+        cluster.coordinators[-1].broker.die()
+        worker = cluster.workers["worker-0"].worker
+        assert worker is not None
+        for channel in list(worker.links._channels.values()):
+            channel.close()
+        wait_until(lambda: notices(cluster.broker, "LinkLost") != [], what="the loss is noted", timeout_s=10)
+        load.settle()
+        load.check()
+        assert _fingerprints(cluster) == {undisturbed}
+
+
+def test_a_slow_worker_misses_no_placement(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Placed between its registration and its first look at the notices, it still takes its place."""
+    last_id = MortalBroker.last_id
+
+    def late(broker: MortalBroker, stream: str) -> str:
+        if threading.current_thread().name.startswith(("control", "compute")):
+            wait_until(lambda: "epoch" in broker.hash(broker.keys.node(0)), what="placed", timeout_s=10)
+        return last_id(broker, stream)
+
+    monkeypatch.setattr(MortalBroker, "last_id", late)
+    with start(stages=2) as (_, load):
+        load.serve(1)
+        load.settle()
+        load.check()
+
+
+def test_two_placements_at_once_build_a_stage_once(
+    start: Start, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is known before the first one's stage is built: it isn't built, and reported, twice."""
+    hash_, build = MortalBroker.hash, worker_module.build_template
+    cluster: list[InProcessCluster] = []
+    built: list[int] = []
+
+    def slow_hash(broker: MortalBroker, key: str) -> dict[str, str]:
+        value = hash_(broker, key)
+        is_worker = threading.current_thread().name.startswith("background")
+        if is_worker and key == broker.keys.node(0) and value.get("epoch") == "1":
+            Cluster(broker).link_lost(0, 1, "nobody")
+            wait_until(
+                lambda: len(notices(broker, "PlacementChanged")) == 2, what="the second placement", timeout_s=10
+            )
+            (hosted,) = cluster[0].workers.values()
+            assert hosted.worker is not None
+            waiting = hosted.worker._background._work_queue
+            wait_until(lambda: waiting.qsize() > 0, what="it is to be read", timeout_s=10)
+        return value
+
+    def counting_build(source: ModelSource, stage: int, layers: tuple[range, ...]) -> StageModel:
+        built.append(stage)
+        return build(source, stage, layers)
+
+    monkeypatch.setattr(InProcessCluster, "__post_init__", cluster.append, raising=False)
+    monkeypatch.setattr(MortalBroker, "hash", slow_hash)
+    monkeypatch.setattr(worker_module, "build_template", counting_build)
+    with start(stages=1) as (running, load):
+        assert built == [0]
+        load.train()
+        load.settle()
+        load.check()
+        assert _fingerprints(running) == {undisturbed}
 
 
 # ------------------------------------------------------------------------------------------------- at every call

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from lemix.cli.items import register
+from lemix_common.schedules import SCHEDULES
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "training.md"
 
 
 def train(*arguments: str, columns: int = 120) -> Result:
@@ -103,6 +108,16 @@ def test_json_has_the_orders() -> None:
             ["1F0", "1I0", "1F1", "1I1", "1W0", "1W1"],
         ],
     }
+
+
+def test_docs_training_shows_every_schedule_as_it_is() -> None:
+    """Below each command stands what it prints."""
+    shown = re.findall(
+        r"```console\n\$ lemix train (--explain [^\n]*)\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL
+    )
+    assert {text.partition(":")[0] for _, text in shown} == set(SCHEDULES)
+    for command, text in shown:
+        assert train(*command.split()).stdout == text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lemix_common.messages import Frame, LoadTraining, RunStep, StepCommitted, WriteShards
+from lemix_common.store.training import GradientReport, PlannedStep
+from lemix_stage_worker.hosted_stage import HostedStage
+from lemix_stage_worker.learning import Attempt, Learner
+from lemix_stage_worker.ready_queue import Task
+
+PLANNED = PlannedStep(
+    run="main",
+    step=5,
+    items=("a",),
+    shards=(0,),
+    reference_tokens=1,
+    learning_rate=0.1,
+    weight_decay=0.0,
+    seed=0,
+)
+RUN_STEP = RunStep(
+    run="main", step=5, attempt=3, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,)
+)
+COMMITTED = StepCommitted(run="main", step=5, attempt=3, replay=0, scale=1.0)
+
+
+@dataclass
+class CountingState:
+    """A training state that only counts, over two safepoints."""
+
+    step: int = 4
+
+    class model:  # noqa: N801 - stands for an attribute
+        """No parameters."""
+
+        @staticmethod
+        def leaves() -> dict[str, Tensor]:
+            """None."""
+            return {}
+
+    def apply(self, *_: object, scale: float) -> Iterator[None]:
+        """Count at the end."""
+        assert scale == 1.0
+        yield
+        self.step += 1
+
+    def snapshot(self, *, optimizer: bool) -> dict[str, Tensor]:
+        """Nothing."""
+        assert not optimizer
+        return {}
+
+
+@dataclass
+class Around:
+    """Notes what the learner asks for; its tasks run when the test says so."""
+
+    said: list[tuple[object, ...]] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+
+    def send(self, host: HostedStage, stage: int, frame: Frame, tensors: Sequence[Tensor] = ()) -> None:
+        """Nobody is there."""
+
+    def send_to_node(self, node: int, epoch: int, frame: Frame, tensors: Sequence[Tensor]) -> None:
+        """Nobody is there."""
+
+    def schedule(self, task: Task) -> None:
+        """Keep it."""
+        self.tasks.append(task)
+
+    def gradients_ready(self, host: HostedStage, step: int, attempt: int, report: GradientReport) -> None:
+        """Note it."""
+        self.said.append(("gradients_ready", step, attempt))
+
+    def training_at(self, host: HostedStage, step: int) -> None:
+        """Note it, with the epoch it is said in."""
+        self.said.append(("training_at", step, host.epoch))
+
+    def write_shard(self, host: HostedStage, request: WriteShards, tensors: Mapping[str, Tensor]) -> None:
+        """Note it."""
+        self.said.append(("write_shard", request.step))
+
+    def fetch_step(self, host: HostedStage, step: int, attempt: int, microbatches_of: int | None) -> None:
+        """Note it."""
+        self.said.append(("fetch_step", step, attempt))
+
+    def run_all(self, between: Callable[[], None] = lambda: None) -> None:
+        """Run what was scheduled; ``between`` happens at each safepoint."""
+        while self.tasks:
+            for _ in self.tasks.pop(0).run() or ():
+                between()
+
+
+def learner_with_gradients() -> tuple[Learner, Around]:
+    """A stage at step 4 that has reported its gradients of step 5."""
+    around, state = Around(), CountingState()
+    nothing: Any = None
+    training: Any = state
+    host = HostedStage(
+        node=0, stage=0, stages=1, source=nothing, template=nothing, versions={}, training=training, epoch=1
+    )
+    attempt = Attempt(RUN_STEP, planned=PLANNED)
+    attempt.total = {}
+    return Learner(host, around, now=lambda: 0.0, attempt=attempt), around
+
+
+def step_of(learner: Learner) -> int:
+    """Where its state is."""
+    assert learner.host.training is not None
+    return learner.host.training.step
+
+
+def test_a_commit_moves_the_state_once() -> None:
+    """A repeated notice, or one of another attempt, moves nothing."""
+    learner, around = learner_with_gradients()
+    learner.step_committed(COMMITTED)
+    around.run_all()
+    learner.step_committed(COMMITTED)
+    around.run_all()
+    assert step_of(learner) == 5
+    other, around = learner_with_gradients()
+    other.step_committed(StepCommitted(run="main", step=5, attempt=2, replay=0, scale=1.0))
+    around.run_all()
+    assert step_of(other) == 4
+
+
+def test_a_commit_is_silent_while_the_placement_stays() -> None:
+    """The commit itself told where every member is."""
+    learner, around = learner_with_gradients()
+    learner.step_committed(COMMITTED)
+    around.run_all()
+    assert around.said == []
+
+
+def test_an_optimizer_that_ends_in_another_placement_says_where_it_is() -> None:
+    """The node was placed anew before, or while, it ran: what was reported then is a step too old."""
+    learner, around = learner_with_gradients()
+    learner.host.epoch = 2
+    learner.step_committed(COMMITTED)
+    around.run_all()
+    assert around.said == [("training_at", 5, 2)]
+    learner, around = learner_with_gradients()
+    learner.step_committed(COMMITTED)
+    around.run_all(between=lambda: setattr(learner.host, "epoch", 3))
+    assert around.said == [("training_at", 5, 3)]
+
+
+def test_a_committed_step_is_applied_though_the_next_attempt_has_begun() -> None:
+    """The next step's notice may come before the optimizer has run."""
+    learner, around = learner_with_gradients()
+    learner.step_committed(COMMITTED)
+    learner.run_step(RunStep(run="main", step=6, attempt=4, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,)))
+    around.run_all()
+    assert step_of(learner) == 5
+    assert learner.attempt is not None
+    assert learner.attempt.notice.step == 6
+
+
+def test_gradients_of_an_attempt_that_was_replaced_are_never_applied() -> None:
+    """Its commit can't come any more; should its notice be late, nothing happens."""
+    learner, around = learner_with_gradients()
+    learner.run_step(RunStep(run="main", step=5, attempt=4, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,)))
+    learner.step_committed(COMMITTED)
+    around.run_all()
+    assert step_of(learner) == 4
+
+
+def test_a_snapshot_waits_for_its_step() -> None:
+    """Asked for right after the commit, it is written when the optimizer has run; an older one never."""
+    learner, around = learner_with_gradients()
+    about: dict[str, Any] = {"run": "main", "lineage": 0, "optimizer": 0, "writers": (0,), "directory": "/x"}
+    learner.step_committed(COMMITTED)
+    learner.write_shards(WriteShards(operation="b", step=5, **about))
+    assert around.said == []
+    around.run_all()
+    learner.write_shards(WriteShards(operation="a", step=4, **about))
+    assert around.said == [("write_shard", 5)]
+    assert learner.snapshots == []
+
+
+def test_a_stage_that_is_told_to_load_forgets_its_attempt() -> None:
+    """Only in the epoch that was meant."""
+    about: dict[str, Any] = {"run": "main", "step": 2, "lineage": 0, "directory": "/x", "nodes": (0,)}
+    learner, around = learner_with_gradients()
+    assert not learner.load(LoadTraining(epochs=(2,), **about))
+    assert step_of(learner) == 4
+    assert learner.load(LoadTraining(epochs=(1,), **about))
+    learner.step_committed(COMMITTED)
+    around.run_all()
+    assert (learner.host.training, learner.attempt) == (None, None)

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+
+from lemix_coordinator.commands import AdvanceOperation, ChooseWriters, OpenSnapshot, RetireVersion
+from lemix_coordinator.snapshots import snapshots
+from unit.cluster_views import node_of, operation_of, run_of, view_of
+
+TWO = (node_of(0, 4, 4), node_of(1, 4, 4, epoch=5))
+CHECKPOINTED = {"checkpoint": 4}
+
+
+@pytest.mark.parametrize(
+    ("publish_every", "planned", "is_due"),
+    [(1, 9, True), (2, 9, True), (3, 9, False), (3, 4, True)],
+    ids=["every step", "two behind", "not yet", "nothing else is planned"],
+)
+def test_a_version_is_published_when_it_is_due(publish_every: int, planned: int, *, is_due: bool) -> None:
+    """Every ``publish_every`` steps, and when nothing more is planned."""
+    run = run_of(planned=planned, committed=4, published=2, **CHECKPOINTED)
+    commands = list(snapshots(view_of(TWO, run, publish_every=publish_every)))
+    expected = OpenSnapshot("publish", (0, 0), (1, 1), "2 committed steps are not served")
+    assert commands == ([expected] if is_due else [])
+
+
+def test_only_two_served_versions_live() -> None:
+    """A third is begun only when the draining one is retired, and that when no item uses it."""
+    run = run_of(planned=4, committed=4, published=3, **CHECKPOINTED)
+    assert list(snapshots(view_of(TWO, run, draining="0.2", draining_in_flight=1))) == []
+    assert list(snapshots(view_of(TWO, run, draining="0.2"))) == [RetireVersion("0.2")]
+
+
+def test_one_publish_at_a_time() -> None:
+    """What is in progress is moved on, nothing is opened beside it."""
+    run = run_of(planned=9, committed=4, published=2, **CHECKPOINTED)
+    operation = operation_of("publish", "requested", writers=(0, 0), epochs=(1, 1))
+    assert list(snapshots(view_of(TWO, run, operations=[operation]))) == [
+        AdvanceOperation("publish-1", "requested")
+    ]
+
+
+def test_a_checkpoint_is_due_every_so_many_steps() -> None:
+    """Counted from the last one."""
+    run = run_of(planned=9, committed=4, published=4, checkpoint=1)
+    assert list(snapshots(view_of(TWO, run, checkpoint_every=4))) == []
+    assert list(snapshots(view_of(TWO, run, checkpoint_every=3))) == [
+        OpenSnapshot("checkpoint", (0, 0), (1, 1), "the last checkpoint is of step 1")
+    ]
+
+
+def test_nothing_is_opened_while_nobody_has_the_committed_state() -> None:
+    """It comes back by a replay first."""
+    run = run_of(planned=9, committed=4, published=0, checkpoint=0)
+    assert list(snapshots(view_of([node_of(0, 4, 3)], run, checkpoint_every=1))) == []
+
+
+def test_an_operation_gets_writers_and_others_when_one_is_lost() -> None:
+    """One that a client asked for has none yet; a writer in an older epoch will never write."""
+    run = run_of(planned=4, committed=4, published=4, **CHECKPOINTED)
+    asked = operation_of("checkpoint", "requested")
+    assert list(snapshots(view_of(TWO, run, operations=[asked]))) == [
+        ChooseWriters("checkpoint-1", "requested", (0, 0), (1, 1), "asked for")
+    ]
+    lost = operation_of("checkpoint", "writing", writers=(1, 1), epochs=(4, 4), shards_written=1)
+    assert list(snapshots(view_of(TWO, run, operations=[lost]))) == [
+        ChooseWriters("checkpoint-1", "writing", (0, 0), (1, 1), "a writer was lost")
+    ]
+    nobody = view_of([node_of(0, 3, 4), node_of(1, None, 4)], run, operations=[lost, asked])
+    assert list(snapshots(nobody)) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "shards_written", "stages_prepared", "moves"),
+    [
+        ("writing", 1, 0, False),
+        ("writing", 2, 0, True),
+        ("preparing", 2, 3, False),
+        ("preparing", 2, 4, True),
+    ],
+)
+def test_a_transition_is_asked_for_when_its_reports_are_there(
+    state: str, shards_written: int, stages_prepared: int, *, moves: bool
+) -> None:
+    """All shards written; the version prepared on every stage of every ready node."""
+    run = run_of(planned=4, committed=4, published=3, **CHECKPOINTED)
+    operation = operation_of(
+        "publish",
+        state,
+        writers=(0, 0),
+        epochs=(1, 1),
+        shards_written=shards_written,
+        stages_prepared=stages_prepared,
+    )
+    commands = list(snapshots(view_of(TWO, run, operations=[operation])))
+    assert commands == ([AdvanceOperation("publish-1", state)] if moves else [])
+
+
+def test_a_node_that_is_down_does_not_hold_a_publish_up() -> None:
+    """It loads what is served when it comes back."""
+    run = run_of(planned=4, committed=4, published=3, **CHECKPOINTED)
+    operation = operation_of("publish", "preparing", writers=(0, 0), epochs=(1, 1), stages_prepared=2)
+    nodes = [TWO[0], node_of(1, None, 4, epoch=5, ready=False)]
+    assert list(snapshots(view_of(nodes, run, operations=[operation]))) == [
+        AdvanceOperation("publish-1", "preparing")
+    ]
+    nobody = [node_of(0, 4, 4, ready=False), nodes[1]]
+    assert list(snapshots(view_of(nobody, run, operations=[operation]))) == []
