@@ -22,6 +22,7 @@ from lemix.model_folder import open_model_folder
 from lemix_common.broker import Broker, connect
 from lemix_common.clock import SystemClock, wait_until
 from lemix_common.ids import WorkerId
+from lemix_common.machine import memory_limit_bytes
 from lemix_common.server import RunningBroker
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
@@ -166,7 +167,13 @@ class InProcessCluster:
         )
         broker.on_death = lambda: _cut(links)
         hosted = self.workers[slot] = Hosted(broker, worker)
-        about = {"slot": slot, "pid": 0, "address": address, "registered_at": f"{clock.now():.6f}"}
+        about = {
+            "slot": slot,
+            "pid": 0,
+            "address": address,
+            "memory": memory_limit_bytes(),
+            "registered_at": f"{clock.now():.6f}",
+        }
         expiry_s = self.settings.heartbeat_expiry_s
         heartbeat = Heartbeat(worker, cluster, lambda: cluster.register(name, about, expiry_s=expiry_s), expiry_s)
         running = threading.Thread(target=worker.run, args=(hosted.stop,), name=f"compute-{name}", daemon=True)

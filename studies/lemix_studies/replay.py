@@ -153,8 +153,12 @@ def run_replay(
     *,
     prefix: str,
     data_dir: Path | None,
+    on_reply: Callable[[Reply], None] | None = None,
 ) -> Outcome:
-    """Measure the idle cluster, replay, flush, wait, and look at what is left behind."""
+    """Measure the idle cluster, replay, flush, wait, and look at what is left behind.
+
+    ``on_reply`` sees each reply, in the client's thread.
+    """
     broker = connection.broker
     history = History(history_file, broker.clock.now)
     probes = History(io.StringIO(), broker.clock.now)
@@ -163,6 +167,8 @@ def run_replay(
     def hear(reply: Reply) -> None:
         probes.hear(reply)
         history.hear(reply)
+        if on_reply is not None:
+            on_reply(reply)
 
     trained = training_nodes(broker)
     tail.start()

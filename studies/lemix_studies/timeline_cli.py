@@ -113,8 +113,12 @@ def _of_cluster(url: str | None, from_s: float | None, to_s: float | None) -> Re
             steps=_examples(broker, spans),
             nodes=settings.nodes,
             title=settings.policy,
-            clock=f"seconds since {datetime.fromtimestamp(zero, UTC):%Y-%m-%d %H:%M:%S} UTC",
+            clock=f"seconds since {_moment(zero)}",
         )
+
+
+def _moment(time_s: float) -> str:
+    return datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"
 
 
 def _examples(broker: Broker, spans: list[Span]) -> dict[str, list[str]]:

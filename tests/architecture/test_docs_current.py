@@ -10,7 +10,7 @@ GENERATOR = Path(__file__).resolve().parents[2] / "docs" / "generate.py"
 
 
 def test_the_pages_are_current() -> None:
-    """docs/configuration.md and the pictures in docs/training.md are what `make docs` writes."""
+    """Settings, messages, metrics, keys, states and modules in docs/ are what `make docs` writes."""
     ended = subprocess.run(
         [sys.executable, str(GENERATOR), "--check"], capture_output=True, text=True, timeout=20, check=False
     )

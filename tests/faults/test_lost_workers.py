@@ -20,6 +20,7 @@ from lemix_common.store.cluster import Cluster
 from lemix_stage_worker import worker as worker_module
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.model.stage import StageModel
+from lemix_stage_worker.worker import Worker
 from mortality import KillPoint, MortalBroker
 
 Start = Callable[..., AbstractContextManager[tuple[InProcessCluster, Load]]]
@@ -203,29 +204,31 @@ def test_two_placements_at_once_build_a_stage_once(
     start: Start, undisturbed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second is known before the first one's stage is built: it isn't built, and reported, twice."""
-    hash_, build = MortalBroker.hash, worker_module.build_template
-    cluster: list[InProcessCluster] = []
+    hash_, build, read = MortalBroker.hash, worker_module.build_template, Worker._read_placement
+    workers: list[Worker] = []
     built: list[int] = []
+
+    def read_placement(worker: Worker, node: int) -> None:
+        workers.append(worker)
+        read(worker, node)
 
     def slow_hash(broker: MortalBroker, key: str) -> dict[str, str]:
         value = hash_(broker, key)
         is_worker = threading.current_thread().name.startswith("background")
         if is_worker and key == broker.keys.node(0) and value.get("epoch") == "1":
+            placements = len(workers)
             Cluster(broker).link_lost(0, 1, "nobody")
             wait_until(
                 lambda: len(notices(broker, "PlacementChanged")) == 2, what="the second placement", timeout_s=10
             )
-            (hosted,) = cluster[0].workers.values()
-            assert hosted.worker is not None
-            waiting = hosted.worker._background._work_queue
-            wait_until(lambda: waiting.qsize() > 0, what="it is to be read", timeout_s=10)
+            wait_until(lambda: len(workers) > placements, what="it is to be read", timeout_s=10)
         return value
 
     def counting_build(source: ModelSource, stage: int, layers: tuple[range, ...]) -> StageModel:
         built.append(stage)
         return build(source, stage, layers)
 
-    monkeypatch.setattr(InProcessCluster, "__post_init__", cluster.append, raising=False)
+    monkeypatch.setattr(Worker, "_read_placement", read_placement)
     monkeypatch.setattr(MortalBroker, "hash", slow_hash)
     monkeypatch.setattr(worker_module, "build_template", counting_build)
     with start(stages=1) as (running, load):

@@ -52,8 +52,8 @@ def span(stage: int, category: str, item: str, start: float, seconds: float = 1.
 
 SPANS = [
     span(0, "prefill", "probe-1", -5),
-    span(0, "prefill", "r-1", 0),
-    span(1, "prefill", "r-1", 1),
+    span(0, "prefill", "r-12", 0),
+    span(1, "prefill", "r-12", 1),
     span(0, "training_forward", "main:1:0", 2),
     span(1, "training_forward", "main:1:0", 3),
     span(1, "training_backward", "main:1:0", 4, 2),
@@ -81,11 +81,13 @@ def outcome() -> Outcome:
     """A request that was scored and an example that was learned, on one of two nodes."""
     return Outcome(
         arrivals={
-            "r-1": PlannedArrival(line=1, at_s=0, kind="score", prompt=(1,), reference=(2,), is_capped=False),
+            "r-12": PlannedArrival(
+                line=1, at_s=0, kind="score", prompt=(1,), reference=(2,), is_capped=False
+            ),
             "r-4": PlannedArrival(line=4, at_s=1, kind="train", prompt=(1,), reference=(2,), is_capped=False),
         },
-        items=[item("r-1", "score", 0, 2), item("r-4", "train", 1, 9)],
-        answers={"r-1": Score(1.5, (-1.5,), "0.0")},
+        items=[item("r-12", "score", 0, 2), item("r-4", "train", 1, 9)],
+        answers={"r-12": Score(1.5, (-1.5,), "0.0")},
         steps=[CommittedStep(run_id="main", step=1, items=("r-4",), weights_version="0.1", loss=2.5)],
         spans=list(SPANS),
         idle=IdleTimes(slo_base_s=2.0, ttft_s=0.0, itl_s=0.0),
@@ -154,7 +156,7 @@ def test_the_trace_has_work_and_idleness_since_the_first_submission(write: Calla
         if event["ph"] == "X"
     ]
     assert sorted(shown, key=lambda event: (*event[:2], event[4])) == [
-        (0, 0, "prefill", "r-1", 0, 1),
+        (0, 0, "prefill", "r-12", 0, 1),
         (0, 0, "idle_serving", None, 1, 1),
         (0, 0, "training_forward", "r-4", 2, 1),
         (0, 0, "idle_pipeline", None, 3, 3),
@@ -162,7 +164,7 @@ def test_the_trace_has_work_and_idleness_since_the_first_submission(write: Calla
         (0, 0, "idle_pipeline", None, 8, 0.5),
         (0, 0, "optimizer", "main:1", 8.5, 0.5),
         (0, 1, "idle_pipeline", None, 0, 1),
-        (0, 1, "prefill", "r-1", 1, 1),
+        (0, 1, "prefill", "r-12", 1, 1),
         (0, 1, "idle_pipeline", None, 2, 1),
         (0, 1, "training_forward", "r-4", 3, 1),
         (0, 1, "training_backward", "r-4", 4, 2),
@@ -177,13 +179,13 @@ def test_the_timeline_names_what_it_shows(write: Callable[[], Path]) -> None:
     """Title, nodes and what they do, stages, items with a prime where they are trained, and a legend."""
     shown = texts((write() / "timeline.svg").read_bytes())
     expected = {
-        "lemix replay · separate", "node 0", "serves and trains", "node 1", "idle", "stage 0", "stage 1", "1", "4'",
+        "lemix replay · separate", "node 0", "serves and trains", "node 1", "idle", "stage 0", "stage 1", "12", "4'",
         "busy 50% · serving idle 6% · pipeline idle 44%", "seconds since the first submission", "inference",
         "training, forward", "training, backward", "optimizer", "serving idle: nothing to do",
         "pipeline idle: waiting for a neighbour",
     }  # fmt: skip
     assert expected <= set(shown)
-    assert (shown.count("1"), shown.count("4'")) == (2, 4)
+    assert (shown.count("12"), shown.count("4'")) == (2, 4)
 
 
 def test_the_page_shows_the_pictures(write: Callable[[], Path]) -> None:
@@ -234,7 +236,7 @@ def test_any_window_of_a_report_can_be_drawn(write: Callable[[], Path], tmp_path
     assert said == (0, f"{file}: 2 to 6 seconds since the first submission\n", "")
     shown = texts(file.read_bytes())
     assert "node 0" in shown
-    assert not {"node 1", "1"} & set(shown)
+    assert not {"node 1", "12"} & set(shown)
     by_option = tmp_path / "window"
     timeline(
         "--report", str(directory), "--from", "2", "--to", "6", "--node", "0", "--svg", "-o", str(by_option)
@@ -305,5 +307,5 @@ def test_a_cluster_that_runs_can_be_drawn(
     assert timeline(*live) == (2, "", "lemix: there is nothing to draw yet: no stage has reported any work\n")
     broker.client.hset(broker.keys.step("main", 1), "items", '["e-8"]')
     report_spans(broker, [{**known, "stage": 0, "worker": NAME} for known in SPANS[1:4]])
-    assert timeline(*live) == (0, f"{file}: 0 to 3 seconds since 1970-01-01 00:16:40 UTC\n", "")
-    assert {"naive-mix", "node 0", "stage 0", "1", "8'"} <= set(texts(file.read_bytes()))
+    assert timeline(*live) == (0, f"{file}: 0 to 3 seconds since 1970-01-01 00:16:40.000 UTC\n", "")
+    assert {"naive-mix", "node 0", "stage 0", "12", "8'"} <= set(texts(file.read_bytes()))

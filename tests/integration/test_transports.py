@@ -1,41 +1,44 @@
-"""What every transport promises, alike over memory, Unix sockets and TCP; then what only sockets suffer."""
+"""What every transport promises, alike over memory, shared memory, Unix sockets, TCP and the broker.
+
+Then what only sockets suffer.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
-from typing import TypeVar
 
 import msgpack  # type: ignore[import-untyped]
 import pytest
 
+from integration.sites import (
+    DEADLINE_S,
+    FAR,
+    NEAR,
+    PATIENT,
+    STRANGER,
+    Site,
+    address_of,
+    frame,
+    nothing_left_behind,
+    peer_process,
+    site_of,
+    tensor,
+    wait_until,
+)
+from lemix_common.broker import connect
 from lemix_common.errors import BadFrame, ClusterError, PeerLost, PeerRefused, SettingsError
 from lemix_common.ids import WorkerId
 from lemix_common.messages import ReleaseItem
-from lemix_common.transports import (
-    BufferPool,
-    Channel,
-    Identity,
-    Listener,
-    Timeouts,
-    Transport,
-    open_transport,
-)
+from lemix_common.transports import BufferPool, Channel, Identity, Listener, Timeouts, open_transport
 from lemix_common.transports.addresses import parse_address
 from lemix_common.transports.handshake import (
     GREETINGS,
@@ -49,139 +52,41 @@ from lemix_common.transports.handshake import (
 from lemix_common.transports.streams import SocketChannel
 from lemix_common.wire import FRAMES, ITEM_BYTES, PRELUDE_BYTES, TensorBuffer
 
-NEAR = Identity(WorkerId("near"), b"a secret")
-FAR = Identity(WorkerId("far"), b"a secret")
-STRANGER = Identity(WorkerId("stranger"), b"another secret")
-PATIENT = Timeouts(hello_s=10.0, send_s=10.0)
-DEADLINE_S = 10.0
-
-T = TypeVar("T")
-
-
-def frame(attempt: int = 0, item: str = "item") -> ReleaseItem:
-    """A frame that is told from others by a number."""
-    return ReleaseItem(node=0, stage=1, epoch=2, item=item, attempt=attempt)
-
-
-def tensor(*shape: int, dtype: str = "uint8", fill: int = 0) -> TensorBuffer:
-    """A tensor whose bytes are all alike."""
-    return TensorBuffer(dtype, shape, memoryview(bytes([fill]) * (ITEM_BYTES[dtype] * prod(shape))))
-
-
-def address_of(view: memoryview) -> int:
-    """Where the view's bytes lie."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
-
-
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    """Return as soon as it holds; fail at the deadline."""
-    deadline = time.monotonic() + DEADLINE_S
-    pause = threading.Event()
-    while not holds():
-        assert time.monotonic() < deadline, f"waited {DEADLINE_S} s until {what}"
-        pause.wait(0.002)
-
-
-def open_sockets() -> set[str]:
-    """The sockets of this process, by their names in /proc."""
-    links = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
-        try:
-            links.add(str(descriptor.readlink()))
-        except FileNotFoundError:  # the directory's own
-            continue
-    return {link for link in links if link.startswith("socket:")}
-
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind(tmp_path: Path) -> Iterator[None]:
-    """Each test ends with the threads and sockets it began with, and without socket files."""
-    gc.collect()
-    threads, sockets = set(threading.enumerate()), open_sockets()
-    yield
-    gc.collect()
-    wait_until(lambda: set(threading.enumerate()) <= threads, "all threads had ended")
-    assert open_sockets() <= sockets
-    assert not [path for path in tmp_path.rglob("*") if path.is_socket()]
+def _nothing_left_behind(tmp_path: Path) -> Iterator[None]:
+    """Each test ends with the threads, sockets and memory it began with."""
+    with nothing_left_behind(tmp_path):
+        yield
 
 
-@dataclass
-class Site:
-    """Where a test's workers meet: it makes transports and addresses of one scheme, and closes what they opened."""
-
-    scheme: str
-    folder: Path
-    threads: ThreadPoolExecutor
-    opened: list[Channel | Listener]
-
-    def address(self, name: str = "a") -> str:
-        """An address that nobody listens at."""
-        match self.scheme:
-            case "memory":
-                return f"memory:{self.folder}/{name}"
-            case "unix" | "shm":
-                return f"{self.scheme}:{self.folder}/{name}"
-            case _:
-                return "tcp:127.0.0.1:0"
-
-    def listen(self, transport: Transport | None = None, address: str | None = None) -> Listener:
-        """Listen, as the far worker if nobody else is named."""
-        listener = (transport or open_transport(FAR, timeouts=PATIENT)).listen(address or self.address())
-        self.opened.append(listener)
-        return listener
-
-    def connect(self, address: str, transport: Transport | None = None) -> Channel:
-        """Connect, as the near worker if nobody else is named."""
-        channel = (transport or open_transport(NEAR, timeouts=PATIENT)).connect(address)
-        self.opened.append(channel)
-        return channel
-
-    def accept(self, listener: Listener) -> Channel:
-        """The next channel at the listener."""
-        channel = self.run(listener.accept).result(DEADLINE_S)
-        self.opened.append(channel)
-        return channel
-
-    def pair(
-        self, *, timeouts: Timeouts = PATIENT, pool: BufferPool | None = None
-    ) -> tuple[Channel, Channel]:
-        """A channel's near and far end; the near end has the time-outs, the far end the pool."""
-        listener = self.listen(open_transport(FAR, timeouts=PATIENT, pool=pool))
-        near = self.connect(listener.address, open_transport(NEAR, timeouts=timeouts, pool=pool))
-        return near, self.accept(listener)
-
-    def run(self, function: Callable[[], T]) -> Future[T]:
-        """Run in another thread."""
-        return self.threads.submit(function)
-
-
-def site_of(scheme: str, folder: Path) -> Iterator[Site]:
-    """A site, and its end."""
-    site = Site(scheme, folder, ThreadPoolExecutor(16), [])
-    try:
-        yield site
-    finally:
-        for opened in reversed(site.opened):
-            opened.close()
-        site.threads.shutdown()
-
-
-@pytest.fixture(params=["memory", "shm", "unix", "tcp"])
+@pytest.fixture(params=["memory", "shm", "unix", "tcp", "redis"])
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     """A site of every scheme."""
-    yield from site_of(request.param, tmp_path)
+    if request.param != "redis":
+        with site_of(request.param, tmp_path) as opened:
+            yield opened
+        return
+    broker = connect(request.getfixturevalue("server").url, "transports")
+    with site_of("redis", tmp_path, broker) as opened:
+        yield opened
+    assert broker.client.pubsub_channels() == []
+    assert not broker.client.keys(f"{broker.keys.prefix}*")
+    broker.client.connection_pool.disconnect()
 
 
 @pytest.fixture(params=["shm", "unix", "tcp"])
 def socket_site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     """A site of every scheme whose peers can be something else than this program."""
-    yield from site_of(request.param, tmp_path)
+    with site_of(request.param, tmp_path) as opened:
+        yield opened
 
 
-@pytest.fixture
-def unix_site(tmp_path: Path) -> Iterator[Site]:
+@pytest.fixture(params=["shm", "unix"])
+def unix_site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
     """A site whose addresses are files."""
-    yield from site_of("unix", tmp_path)
+    with site_of(request.param, tmp_path) as opened:
+        yield opened
 
 
 # --------------------------------------------------------------------------------------- frames
@@ -437,7 +342,7 @@ def test_another_secret_is_refused_at_both_ends(site: Site) -> None:
     listener = site.listen()
     accepting = site.run(listener.accept)
     with pytest.raises(PeerRefused, match="secret"):
-        site.connect(listener.address, open_transport(STRANGER, timeouts=PATIENT))
+        site.connect(listener.address, site.transport(STRANGER))
     assert isinstance(accepting.exception(DEADLINE_S), PeerRefused)
     near = site.connect(listener.address)
     site.accept(listener).send(frame(1))
@@ -455,7 +360,7 @@ def test_nobody_there_is_a_lost_peer(site: Site) -> None:
 def test_listeners_dont_share_their_peers(site: Site) -> None:
     """Two listeners each get who connected to them."""
     first = site.listen()
-    second = site.listen(open_transport(NEAR), site.address("b"))
+    second = site.listen(site.transport(NEAR), site.address("b"))
     assert first.address != second.address
     assert [site.connect(listener.address).peer for listener in (second, first)] == ["near", "far"]
     site.accept(first)
@@ -512,7 +417,10 @@ def test_a_lost_peer_can_come_back(site: Site) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "unix:", "tcp:host", "tcp::80", "tcp:host:-1", "tcp:host:65536", "memory:", "udp:host:1", "/path"],
+    [
+        *("", "unix:", "shm:", "memory:", "udp:host:1", "/path"),
+        *("tcp:host", "tcp::80", "tcp:host:-1", "tcp:host:65536", "redis:", "redis:a b", "redis:a:b"),
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     """The message shows what an address looks like."""
@@ -520,7 +428,9 @@ def test_what_is_no_address_is_refused(text: str) -> None:
         open_transport(NEAR).connect(text)
 
 
-@pytest.mark.parametrize("text", ["unix:/run/a:b", "tcp:host:80", "tcp:[::1]:0", "memory:a"])
+@pytest.mark.parametrize(
+    "text", ["unix:/run/a:b", "shm:/run/a b", "tcp:host:80", "tcp:[::1]:0", "memory:a", "redis:w-1.a_b"]
+)
 def test_an_address_is_written_as_it_is_read(text: str) -> None:
     """Addresses travel as text."""
     assert str(parse_address(text)) == text
@@ -594,7 +504,7 @@ def test_a_stranger_is_dropped_and_nobody_else(socket_site: Site, name: str) -> 
 
 def test_a_stranger_that_says_nothing_keeps_nobody_waiting(socket_site: Site) -> None:
     """While a silent connection runs into the hello time-out, peers are accepted; then it is refused."""
-    listener = socket_site.listen(open_transport(FAR, timeouts=Timeouts(hello_s=0.3)))
+    listener = socket_site.listen(socket_site.transport(FAR, timeouts=Timeouts(hello_s=0.3)))
     with raw_connection(listener) as silent:
         socket_site.connect(listener.address)
         assert socket_site.accept(listener).peer == "near"
@@ -605,7 +515,7 @@ def test_a_stranger_that_says_nothing_keeps_nobody_waiting(socket_site: Site) ->
 
 def test_a_hello_that_trickles_in_runs_out_of_time(socket_site: Site) -> None:
     """The hello's time-out is for all of it, not for each byte."""
-    listener = socket_site.listen(open_transport(FAR, timeouts=Timeouts(hello_s=0.2)))
+    listener = socket_site.listen(socket_site.transport(FAR, timeouts=Timeouts(hello_s=0.2)))
     refused = socket_site.run(listener.accept)
     pause = threading.Event()
     with raw_connection(listener) as slow:
@@ -683,6 +593,13 @@ def header_with(*table: object) -> bytes:
     return header
 
 
+def say_by_hand(channel: Channel, said: bytes) -> None:
+    """Send what no worker of ours would."""
+    assert isinstance(channel, SocketChannel)
+    assert isinstance(channel._connection, socket.socket)
+    channel._connection.sendall(said)
+
+
 BAD_FRAMES = {
     "noise": b"noise" * 10,
     "nine dimensions": sent_by_hand(header_with(("uint8", [1] * 9, 1)), payload_bytes=1),
@@ -701,8 +618,7 @@ def test_a_bad_frame_ends_its_channel_only(socket_site: Site, name: str) -> None
     listener = socket_site.listen()
     near, far = socket_site.connect(listener.address), socket_site.accept(listener)
     other_near, other_far = socket_site.connect(listener.address), socket_site.accept(listener)
-    assert isinstance(near, SocketChannel)
-    near._connection.sendall(BAD_FRAMES[name])
+    say_by_hand(near, BAD_FRAMES[name])
     with pytest.raises(BadFrame):
         far.receive()
     with pytest.raises(PeerLost):
@@ -719,8 +635,7 @@ def test_a_frame_that_ends_early_is_never_delivered(socket_site: Site) -> None:
     whole = b"".join(FRAMES.encode(frame(), [tensor(50_000)]))
     for cut in (1, PRELUDE_BYTES, PRELUDE_BYTES + 5, len(whole) - 40_000, len(whole) - 1):
         near, far = socket_site.connect(listener.address), socket_site.accept(listener)
-        assert isinstance(near, SocketChannel)
-        near._connection.sendall(whole[:cut])
+        say_by_hand(near, whole[:cut])
         near.close()
         with pytest.raises(PeerLost):
             far.receive()
@@ -742,8 +657,7 @@ while True:
 def test_a_killed_peer_is_lost(socket_site: Site) -> None:
     """``kill -9`` of a worker in the middle of its frames is `PeerLost` for its neighbour's two threads."""
     listener = socket_site.listen()
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, "-c", PEER, listener.address], env=environment) as process:
+    with peer_process(PEER, listener.address) as process:
         far = socket_site.accept(listener)
         for _ in range(20):
             far.receive().release()
@@ -767,7 +681,7 @@ def test_a_killed_peer_is_lost(socket_site: Site) -> None:
 def test_a_socket_file_is_private_and_goes_with_its_listener(unix_site: Site) -> None:
     """Only its owner can connect to it; closing the listener removes it."""
     listener = unix_site.listen()
-    file = Path(listener.address.removeprefix("unix:"))
+    file = Path(listener.address.partition(":")[2])
     assert stat.S_IMODE(file.stat().st_mode) == stat.S_IRUSR | stat.S_IWUSR
     listener.close()
     assert not file.exists()
@@ -776,7 +690,7 @@ def test_a_socket_file_is_private_and_goes_with_its_listener(unix_site: Site) ->
 def test_a_dead_workers_socket_file_is_replaced(unix_site: Site) -> None:
     """A worker that was killed leaves its file; the next one listens there."""
     with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(unix_site.address().removeprefix("unix:"))
+        dead.bind(unix_site.address().partition(":")[2])
     listener = unix_site.listen()
     unix_site.connect(listener.address)
     unix_site.accept(listener)
@@ -784,7 +698,7 @@ def test_a_dead_workers_socket_file_is_replaced(unix_site: Site) -> None:
 
 def test_a_file_that_is_no_socket_is_left_alone(unix_site: Site) -> None:
     """An address that names somebody's file is refused, and the file stays."""
-    file = Path(unix_site.address().removeprefix("unix:"))
+    file = Path(unix_site.address().partition(":")[2])
     file.write_text("precious")
     with pytest.raises(ClusterError):
         unix_site.listen()
@@ -794,7 +708,7 @@ def test_a_file_that_is_no_socket_is_left_alone(unix_site: Site) -> None:
 def test_a_socket_file_of_somebody_else_is_left_alone(unix_site: Site) -> None:
     """A listener whose file was replaced doesn't remove the other's."""
     first = unix_site.listen()
-    Path(first.address.removeprefix("unix:")).unlink()
+    Path(first.address.partition(":")[2]).unlink()
     second = unix_site.listen(address=first.address)
     first.close()
     unix_site.connect(second.address)

@@ -25,7 +25,8 @@ def loss_picture(curves: LossCurves, *, title: str = "", form: Format = "png") -
         panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         _losses(panels[0], curves)
-        figure.legend(loc="outside upper right", ncols=4)
+        if curves.steps or curves.scores:
+            figure.legend(loc="outside upper right", ncols=2)
         _versions(panels[0], curves.versions)
         if has_matches:
             _matches(panels[1], curves.matches)

@@ -135,7 +135,8 @@ def url_command(
     data_dir: DataDirOption = Path(DEFAULT_DATA_DIR),
 ) -> None:
     """Print the broker's URL, password included: redis-cli -u "$(lemix url)"."""
-    typer.echo(find_cluster(url, cluster, _environment(data_dir)).url)
+    found = find_cluster(url, cluster, _environment(data_dir)).url
+    typer.echo(found.replace("://:", "://default:", 1))  # redis-cli sends an empty user's name as it is
 
 
 def _connect(url: str, cluster: str, data_dir: Path) -> Broker:

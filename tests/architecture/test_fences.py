@@ -1,0 +1,75 @@
+"""Every command that a page shows is run by a test: its fence says by which."""
+
+from __future__ import annotations
+
+from fences import COMMANDS, EXEMPT, MARKS, OF_A_CLUSTER, Fence, fences, fences_of, script
+
+PAGE = """\
+Say:
+
+```bash test
+make help
+```
+
+and see:
+
+```text
+help
+```
+"""
+
+
+def test_every_command_is_marked() -> None:
+    """An unmarked command fails the build, so no page can show one that nobody tried."""
+    wrong = [f"{fence.where}: {problem}" for fence in fences_of() if (problem := problem_of(fence))]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_rule_finds_what_it_forbids() -> None:
+    """Commands without a mark, with two, or with an unknown one, and fences without a language."""
+
+    def problems(first: str, text: str = "make lint\n") -> str:
+        (fence,) = fences(f"```{first}\n{text}```\n", "page")
+        return problem_of(fence)
+
+    assert "no mark" in problems("bash")
+    assert "no mark" in problems("python")
+    assert "no mark" in problems("bash test long")
+    assert "unknown" in problems("bash test quick")
+    assert "no language" in problems("")
+    assert "isn't run" in problems("text test")
+    assert not problems("bash", "make test\n")
+    assert not problems("bash long")
+    assert not problems("bash test cluster")
+    assert not problems("text")
+
+
+def test_fences_are_found_where_they_are() -> None:
+    """Language, marks, text and line are read as the page has them."""
+    assert list(fences(PAGE, "page")) == [
+        Fence("page", 3, "bash", ("test",), "make help\n"),
+        Fence("page", 9, "text", (), "help\n"),
+    ]
+
+
+def test_a_page_is_one_script() -> None:
+    """Blocks run in their order in one shell; Python ones are given to Python."""
+    blocks = [Fence("p", 1, "bash", ("test",), "A=1\n"), Fence("p", 5, "python", ("test",), "print()\n")]
+    lines = script(blocks).splitlines()
+    assert lines[0] == "set -euo pipefail"
+    assert lines.index("A=1") < lines.index("python - <<'PYTHON'") < lines.index("PYTHON")
+
+
+def problem_of(fence: Fence) -> str:
+    """What is wrong with a fence, or nothing."""
+    if not fence.language:
+        return "no language: `text` if it is no command"
+    if fence.language not in COMMANDS:
+        return "marked, but a fence of this language isn't run" if fence.marks else ""
+    if fence.text.strip() == EXEMPT:
+        return ""
+    if unknown := set(fence.marks) - MARKS - {OF_A_CLUSTER}:
+        return f"unknown mark {', '.join(sorted(unknown))}"
+    if len(set(fence.marks) & MARKS) != 1:
+        return f"no mark, or more than one, of {', '.join(sorted(MARKS))}"
+    return ""

@@ -1,0 +1,116 @@
+"""The fenced blocks of our pages, and how their commands are run as a reader would."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = frozenset({"bash", "sh", "shell", "console", "zsh", "fish", "python", "py"})
+"""Languages of blocks that a reader runs; what they show stands in a ``text`` block."""
+MARKS = frozenset({"test", "docker", "long"})
+OF_A_CLUSTER = "cluster"
+"""Beside a mark: the block is about a cluster that runs (see test_redis_page)."""
+EXEMPT = "make test"
+"""It would run itself."""
+_FENCE = re.compile(r"^```([^\n`]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """A fenced block."""
+
+    page: str
+    line: int
+    language: str
+    marks: tuple[str, ...]
+    text: str
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.page}:{self.line}"
+
+    @property
+    def is_command(self) -> bool:
+        """A reader runs it."""
+        return self.language in COMMANDS
+
+
+def fences(text: str, page: str) -> Iterator[Fence]:
+    """Every block of a page, in order."""
+    for found in _FENCE.finditer(text):
+        language, *marks = found[1].split() or [""]
+        yield Fence(page, text[: found.start()].count("\n") + 1, language, tuple(marks), found[2])
+
+
+def fences_of(pages: Sequence[Path] = PAGES) -> list[Fence]:
+    """Every block of these pages."""
+    return [fence for page in pages for fence in fences(page.read_text("utf-8"), _name(page))]
+
+
+def script(blocks: Sequence[Fence]) -> str:
+    """One shell script of a page's blocks, so that what one sets up the next can use; it says where it is."""
+    lines = ["set -euo pipefail"]
+    for block in blocks:
+        lines.append(f"echo '== {block.where}' >&2")
+        if block.language in {"python", "py"}:
+            lines.append(f"python - <<'PYTHON'\n{block.text}PYTHON")
+        else:
+            lines.append(block.text)
+    return "\n".join(lines)
+
+
+def run(
+    blocks: Sequence[Fence], folder: Path, *, timeout_s: float, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a page's blocks in a copy of the tree, with an empty home and our programs on PATH."""
+    tree, home = folder / "tree", folder / "home"
+    home.mkdir()
+    copy_tree(tree)
+    known = {name: value for name, value in os.environ.items() if not name.startswith("LEMIX_")}
+    environment = known | {
+        "HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "COLUMNS": "120",
+    }
+    try:
+        return subprocess.run(
+            ["bash", "-c", script(blocks)],
+            cwd=tree,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    finally:
+        if (tree / ".lemix").exists():  # of a page that failed halfway
+            command = [sys.executable, "-m", "lemix", "down"]
+            subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=120, check=False)
+
+
+def copy_tree(target: Path) -> None:
+    """What a clone would have, with the changes that aren't committed yet."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.split("\0"):
+        if name and (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()

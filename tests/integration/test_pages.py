@@ -1,0 +1,55 @@
+"""The commands of README and docs/, run as they are printed: in a copy of the tree, with an empty home."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fences import OF_A_CLUSTER, Fence, fences_of, run
+
+FENCES = [fence for fence in fences_of() if fence.is_command and OF_A_CLUSTER not in fence.marks]
+
+
+def pages_with(mark: str) -> list[str]:
+    """Pages that have blocks with this mark."""
+    return sorted({fence.page for fence in FENCES if mark in fence.marks})
+
+
+def blocks_of(page: str, mark: str) -> list[Fence]:
+    """A page's blocks with this mark, and the quick ones between them, which they may build on."""
+    return [fence for fence in FENCES if fence.page == page and {mark, "test"} & set(fence.marks)]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("page", pages_with("test"))
+def test_quick_commands_run(page: str, tmp_path: Path) -> None:
+    """What is marked `test` works as printed, and the page stops what it started."""
+    check(page, "test", tmp_path, timeout_s=150)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", pages_with("long"))
+def test_long_commands_run(page: str, tmp_path: Path) -> None:
+    """So does what is marked `long`: setting up, the demo, benches."""
+    check(page, "long", tmp_path, timeout_s=1700)
+
+
+@pytest.mark.docker
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", pages_with("docker"))
+def test_docker_commands_run(page: str, tmp_path: Path) -> None:
+    """So does what is marked `docker`, where there is an engine."""
+    if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+        pytest.skip("no container engine")
+    check(page, "docker", tmp_path, timeout_s=1700)
+
+
+def check(page: str, mark: str, folder: Path, *, timeout_s: float) -> None:
+    """Run a page's blocks; they succeed and leave no cluster running."""
+    ended = run(blocks_of(page, mark), folder, timeout_s=timeout_s)
+    assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
+    assert not (folder / "tree" / ".lemix" / "cluster.json").exists(), "the page leaves a cluster running"

@@ -1,0 +1,694 @@
+"""The store's Lua calls, over memory and a real server: each may be repeated, and late ones change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
+from lemix_common.broker import Broker, Entry
+from lemix_common.clock import wait_until
+from lemix_common.errors import (
+    BadInput,
+    Fenced,
+    ItemUnknown,
+    QueueFull,
+    ShuttingDown,
+    TokenizerMismatch,
+)
+from lemix_common.settings import ClusterSettings
+from lemix_common.store.cluster import MAIN_RUN, Cluster
+from lemix_common.store.items import STAGE_0, Call, Items, StartedItem
+from lemix_common.store.training import GradientReport, PlannedStep, Training
+from lemix_common.store.versions import Versions
+
+STAGES = 2
+REPORT = GradientReport(losses={}, squares=(1.0,))
+
+
+def everything(broker: Broker) -> dict[str, object]:
+    """All the cluster's keys and values, but the notices and leases, which may be repeated."""
+    client: Any = broker.client
+    read: dict[str, Callable[[str], object]] = {
+        "hash": client.hgetall,
+        "set": client.smembers,
+        "string": client.get,
+        "list": lambda key: client.lrange(key, 0, -1),
+        "zset": lambda key: client.zrange(key, 0, -1, withscores=True),
+        "stream": lambda key: (client.xrange(key), _pending(client, key)),
+    }
+    keys = set(client.keys("*")) - {broker.keys.control, broker.keys.leader}
+    return {key: read[client.type(key)](key) for key in keys}
+
+
+def _pending(client: Any, stream: str) -> object:
+    return [
+        (group["name"], client.xpending_range(stream, group["name"], "-", "+", 100) and group["pending"])
+        for group in client.xinfo_groups(stream)
+    ]
+
+
+@dataclass
+class Store:
+    """A cluster of one node, and calls that are made twice."""
+
+    broker: Broker
+    settings: ClusterSettings
+    leader: int = 0
+
+    def __post_init__(self) -> None:
+        self.cluster, self.items = Cluster(self.broker), Items(self.broker)
+        self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
+
+    def twice(self, call: Call | Callable[[], object]) -> Any:
+        """Make a call; made again, as after a lost answer, it changes nothing."""
+        first = self._make(call)
+        before = everything(self.broker)
+        self._make(call)
+        assert everything(self.broker) == before
+        return first
+
+    def unchanged_by(self, call: Call | Callable[[], object]) -> Any:
+        """Make a call that comes too late."""
+        before = everything(self.broker)
+        answer = self._make(call)
+        assert everything(self.broker) == before
+        return answer
+
+    def _make(self, call: Call | Callable[[], object]) -> Any:
+        return call() if callable(call) else self.broker.call_many([call])[0]
+
+    # ---- shorthands
+    def submit(self, item: str, kind: str = "generate", **fields: object) -> str:
+        """Submit an item of three tokens."""
+        about = {"kind": kind, "tokens": 3, "reference_tokens": 1, "client": "me", "run": MAIN_RUN}
+        return self.items.submit(item, about | fields, {"prompt": [1, 2], "reference": [3]})
+
+    def item(self, name: str) -> dict[str, str]:
+        """An item's hash."""
+        return self.broker.hash(self.broker.keys.item(name))
+
+    def submission(self) -> Entry:
+        """The next submission."""
+        (entry,) = self.items.submitted("coordinator", count=1, pending=False)
+        return entry
+
+    def start(self, item: str, node: int = 0) -> StartedItem:
+        """Submit, dispatch, pull and start an item."""
+        self.submit(item)
+        self.broker.call_many([self.items.dispatch(self.leader, self.submission(), node)])
+        return self.pull(node)
+
+    def pull(self, node: int = 0) -> StartedItem:
+        """Pull and start the next item of a node."""
+        stream = self.broker.keys.work(node)
+        entries = self.broker.read_group(stream, STAGE_0, "w", block_s=0.001, count=1)
+        ((started,), _) = self.items.start(node, "w", entries)
+        return started
+
+    def news(self) -> list[str]:
+        """What the client was told, in order."""
+        entries: Any = self.broker.client.xrange(self.broker.keys.replies("me"))
+        return [f"{fields['item']} {fields['event']}" for _, fields in entries]
+
+    def totals(self) -> dict[str, str]:
+        """The counters of items."""
+        counted = self.broker.hash(self.broker.keys.totals)
+        names = ("submitted", "done", "failed", "cancelled", "refused", "open")
+        return {name: counted[name] for name in names if counted.get(name, "0") != "0"}
+
+    def place(self) -> int:
+        """Place and report the node's stages; returns its epoch."""
+        self.cluster.place(self.leader, 0, [f"w{stage}" for stage in range(STAGES)])
+        epoch = int(self.cluster.nodes(1)[0]["epoch"])
+        for stage in range(STAGES):
+            self.ready(stage, epoch)
+        return epoch
+
+    def ready(self, stage: int, epoch: int, versions: tuple[str, ...] = ("0.0",)) -> list[str]:
+        """A stage's report."""
+        return self.cluster.stage_ready(
+            f"w{stage}",
+            node=0,
+            stage=stage,
+            epoch=epoch,
+            training=self.training.state().committed,
+            versions=versions,
+            layers=[stage, stage],
+            memory_bytes=1,
+        )
+
+    def plan(self, step: int, *items: str) -> str:
+        """Plan a step of these examples, which are the oldest."""
+        entries = self.training.queued_examples(len(items))
+        planned = PlannedStep(
+            run=MAIN_RUN,
+            step=step,
+            items=items,
+            shards=tuple(range(len(items))),
+            reference_tokens=len(items),
+            learning_rate=0.1,
+            weight_decay=0.0,
+            seed=0,
+        )
+        return self.training.plan(self.leader, planned, cursor=entries[-1].id if entries else "0-0")
+
+    def begin(self, step: int, epoch: int) -> int:
+        """Begin an attempt on the only node; returns its number."""
+        seen = self.training.state()
+        self.training.start_step(
+            self.leader, step, members=[0], epochs=[epoch], shard_nodes=[0] * 4, seen=seen
+        )
+        return self.training.state().attempt
+
+    def gradients(self, step: int, attempt: int, stage: int) -> Call:
+        """A stage's report; the last stage's has the losses."""
+        losses = {0: 0.5, 1: 0.25} if stage == STAGES - 1 else {}
+        report = GradientReport(losses=losses, squares=(4.0,))
+        return self.training.gradients_ready(step, attempt, node=0, stage=stage, report=report)
+
+    def commit(self, step: int, *items: str) -> None:
+        """Submit, plan, compute and commit a step."""
+        for item in items:
+            self.submit(item, "train")
+        self.plan(step, *items)
+        epoch = int(self.cluster.nodes(1)[0]["epoch"])
+        attempt = self.begin(step, epoch)
+        self.broker.call_many([self.gradients(step, attempt, stage) for stage in range(STAGES)])
+        assert self.training.state().committed == step
+
+    def snapshot(self, operation: str, kind: str) -> str:
+        """Open an operation and have its shards written; returns the directory."""
+        epoch = int(self.cluster.nodes(1)[0]["epoch"])
+        self.versions.open(
+            operation, kind, run=MAIN_RUN, root="/r", writers=[0] * STAGES, epochs=[epoch] * STAGES
+        )
+        self.versions.write_shards(operation)
+        directory = self.versions.operation(operation)["directory"]
+        for stage in range(STAGES):
+            self.versions.shard_written(operation, stage, directory, {"stage": stage})
+        return directory
+
+    def publish(self, operation: str) -> str:
+        """Publish the committed step; returns the version."""
+        self.snapshot(operation, "publish")
+        self.versions.prepare(operation, f"/r/{operation}", "abc")
+        version = self.versions.operation(operation)["version"]
+        epoch = int(self.cluster.nodes(1)[0]["epoch"])
+        for stage in range(STAGES):
+            self.versions.prepared(version, node=0, stage=stage, epoch=epoch)
+        assert self.versions.publish(operation) == "ok"
+        return version
+
+
+@pytest.fixture
+def store(broker: Broker) -> Store:
+    """One node of two stages; this test leads."""
+    settings = ClusterSettings(model="m", stages=STAGES, max_queue=5, max_deliveries=2)
+    Cluster(broker).create(settings, MODEL, BYTES_TOKENIZER)
+    made = Store(broker, settings)
+    leader = made.cluster.lead("me", expiry_s=60)
+    assert leader is not None
+    made.leader = leader
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------ submission
+def test_an_id_is_accepted_once(store: Store) -> None:
+    """Submitting it again says where it is, and is counted nowhere."""
+    assert store.twice(lambda: store.submit("a")) == "queued"
+    assert store.twice(lambda: store.submit("t", "train")) == "queued"
+    assert store.totals() == {"submitted": "2", "open": "2"}
+    assert store.broker.client.xlen(store.broker.keys.submissions) == 1
+    assert store.broker.client.xlen(store.broker.keys.examples(MAIN_RUN)) == 1
+
+
+def test_a_full_queue_refuses(store: Store) -> None:
+    """At ``max_queue`` open items nothing new is accepted, what exists still is a no-op, an end makes room."""
+    for index in range(5):
+        store.submit(f"i{index}")
+    with pytest.raises(QueueFull) as full:
+        store.submit("more")
+    assert (full.value.depth, full.value.retry_after_s > 0) == (5, True)
+    assert "state" not in store.item("more")
+    assert store.submit("i0") == "queued"
+    assert store.items.cancel("i0")
+    assert store.submit("more") == "queued"
+    assert store.totals() == {"submitted": "6", "open": "5", "cancelled": "1", "refused": "1"}
+
+
+def test_a_stopping_cluster_refuses(store: Store) -> None:
+    """What it has goes on, what is new isn't accepted."""
+    store.submit("a")
+    store.twice(store.cluster.stop_accepting)
+    with pytest.raises(ShuttingDown):
+        store.submit("b")
+    assert store.submit("a") == "queued"
+    assert store.items.cancel("a")
+
+
+def test_an_item_of_another_tokenizer_is_refused(store: Store) -> None:
+    """Its ids mean something else here."""
+    with pytest.raises(TokenizerMismatch):
+        store.submit("a", tokenizer_sha256="0" * 64)
+    assert store.totals() == {}
+
+
+# ------------------------------------------------------------------------------------------- an inference item's life
+def test_every_call_of_an_items_life_may_be_repeated(store: Store) -> None:
+    """Dispatch, start, tokens and completion: each call twice, one effect; the client hears everything once."""
+    store.submit("a")
+    entry = store.submission()
+    assert store.twice(store.items.dispatch(store.leader, entry, 0)) == ["ok"]
+    stream = store.broker.keys.work(0)
+    entries = store.broker.read_group(stream, STAGE_0, "w", block_s=0.001, count=1)
+    ((started,), _) = store.twice(lambda: _started_once(store, entries))
+    assert (started.prompt, started.reference, started.version, started.attempt) == ((1, 2), (3,), "0.0", 1)
+    assert store.item("a")["deliveries"] == "1"
+    assert store.broker.hash(store.broker.keys.versions_in_flight) == {"0.0": "1"}
+    assert store.twice(store.items.append_tokens("a", 1, 0, [7, 8])) == ["ok"]
+    assert store.twice(store.items.append_tokens("a", 1, 1, [8, 9])) == ["ok"]
+    assert store.unchanged_by(store.items.append_tokens("a", 1, 5, [1])) == ["gap", 3]
+    assert store.items.tokens("a") == [7, 8, 9]
+    assert store.twice(store.items.complete(started, 0, {"tokens": [7, 8, 9]})) == ["ok"]
+    assert store.unchanged_by(store.items.append_tokens("a", 1, 3, [1])) == ["stale"]
+    assert store.unchanged_by(store.items.fail(started, 0, "late")) == ["stale"]
+    assert store.news() == ["a token", "a token", "a done"]
+    assert store.totals() == {"submitted": "1", "done": "1"}
+    assert store.broker.client.xlen(stream) == 0
+    assert store.broker.hash(store.broker.keys.versions_in_flight) == {}
+
+
+def _started_once(store: Store, entries: list[Entry]) -> tuple[list[StartedItem], list[Entry]]:
+    clock, store.broker.clock = store.broker.clock, _Stopped()
+    try:
+        return store.items.start(0, "w", entries)
+    finally:
+        store.broker.clock = clock
+
+
+class _Stopped:
+    """A clock that stands still, so that a repeated call is the same call."""
+
+    def now(self) -> float:
+        """Always then."""
+        return 1000.0
+
+    def sleep(self, seconds: float) -> None:
+        """Not at all."""
+
+
+def test_an_older_attempt_says_nothing_any_more(store: Store) -> None:
+    """After a redispatch its start, tokens, result and failure are stale; the item's tokens stay and go on."""
+    first = store.start("a")
+    store.broker.call_many([store.items.append_tokens("a", 1, 0, [7])])
+    (entry,) = store.items.work_of(0)
+    redispatch = store.items.redispatch(store.leader, 0, entry, target=0, reason="lost")
+    assert store.twice(redispatch) == ["ok"]
+    assert store.unchanged_by(lambda: store.items.start(0, "w", [entry])[0]) == []
+    assert store.unchanged_by(store.items.append_tokens("a", 1, 1, [8])) == ["stale"]
+    assert store.unchanged_by(store.items.complete(first, 0, {})) == ["stale"]
+    assert store.unchanged_by(store.items.fail(first, 0, "x")) == ["stale"]
+    second = store.pull()
+    assert (second.attempt, second.tokens, second.version) == (2, (7,), first.version)
+    assert store.broker.call_many([store.items.append_tokens("a", 2, 1, [8])]) == [["ok"]]
+    assert store.items.tokens("a") == [7, 8]
+    assert store.broker.hash(store.broker.keys.versions_in_flight) == {"0.0": "1"}
+
+
+def test_an_item_goes_back_to_the_queue_when_no_node_is_ready(store: Store) -> None:
+    """It is dispatched again from there."""
+    store.start("a")
+    (entry,) = store.items.work_of(0)
+    assert store.twice(store.items.redispatch(store.leader, 0, entry, target=None, reason="lost")) == ["ok"]
+    assert store.item("a")["state"] == "queued"
+    store.broker.call_many([store.items.dispatch(store.leader, store.submission(), 0)])
+    assert store.pull().attempt == 3
+
+
+def test_an_item_is_given_up_after_so_many_deliveries(store: Store) -> None:
+    """It fails once, with the reason, and stands among the dead letters."""
+    for _ in range(2):
+        started = store.start("a") if store.item("a") == {} else store.pull()
+        (entry,) = store.items.work_of(0)
+        redispatch = store.items.redispatch(store.leader, 0, entry, target=0, reason="its stages were lost")
+        answer = store.twice(redispatch)
+    assert (started.attempt, answer) == (2, ["dead"])
+    assert store.item("a")["reason"] == "given up after 2 deliveries: its stages were lost"
+    letters: Any = store.broker.client.xrange(store.broker.keys.dead_letters)
+    assert [fields["item"] for _, fields in letters] == ["a"]
+    assert store.news() == ["a failed"]
+    assert store.totals() == {"submitted": "1", "failed": "1"}
+
+
+def test_a_failure_ends_an_item_once(store: Store) -> None:
+    """With its reason."""
+    started = store.start("a")
+    assert store.twice(store.items.fail(started, 0, "too hot")) == ["ok"]
+    assert (store.item("a")["state"], store.item("a")["reason"]) == ("failed", "too hot")
+    assert store.news() == ["a failed"]
+
+
+@pytest.mark.parametrize("when", ["queued", "dispatched", "running"])
+def test_a_cancelled_item_ends_once(store: Store, when: str) -> None:
+    """Whenever it is cancelled; what its node says afterwards is stale, and closing its entry leaves nothing."""
+    if when == "running":
+        started = store.start("a")
+    else:
+        store.submit("a")
+    if when == "dispatched":
+        store.broker.call_many([store.items.dispatch(store.leader, store.submission(), 0)])
+    assert store.items.cancel("a")
+    assert store.unchanged_by(lambda: store.items.cancel("a")) is False
+    assert (store.news(), store.totals()) == (["a cancelled"], {"submitted": "1", "cancelled": "1"})
+    assert store.broker.hash(store.broker.keys.versions_in_flight) == {}
+    if when == "queued":
+        store.broker.call_many([store.items.dispatch(store.leader, store.submission(), 0)])
+    for entry in store.items.work_of(0):
+        if when == "running":
+            assert store.unchanged_by(store.items.append_tokens("a", started.attempt, 0, [1])) == ["stale"]
+        store.twice(store.items.close_entry(0, entry.id))
+    assert store.broker.client.xlen(store.broker.keys.work(0)) == 0
+    assert store.broker.client.xlen(store.broker.keys.submissions) == 0
+
+
+def test_nobody_cancels_what_is_not_there(store: Store) -> None:
+    """Or asks for it."""
+    with pytest.raises(ItemUnknown):
+        store.items.cancel("nothing")
+    with pytest.raises(ItemUnknown):
+        store.items.get("nothing")
+
+
+def test_a_consumer_that_holds_an_entry_is_not_forgotten(store: Store) -> None:
+    """Redis would drop the entry from every list of what is pending, and the item would be lost."""
+    store.start("a")
+    store.unchanged_by(lambda: store.items.forget_consumer(store.leader, 0, "w"))
+    (entry,) = store.items.work_of(0)
+    store.broker.call_many([store.items.close_entry(0, entry.id)])
+    store.items.forget_consumer(store.leader, 0, "w")
+    assert store.broker.client.xinfo_consumers(store.broker.keys.work(0), STAGE_0) == []
+
+
+# ------------------------------------------------------------------------------------------------------- leadership
+def test_one_coordinator_leads(store: Store) -> None:
+    """It keeps the lead by asking; another one gets it, in a new epoch, when it is given back."""
+    assert store.cluster.lead("me", expiry_s=60) == store.leader
+    assert store.cluster.lead("other", expiry_s=60) is None
+    store.cluster.resign("other")
+    assert store.cluster.lead("other", expiry_s=60) is None
+    store.twice(lambda: store.cluster.resign("me"))
+    assert store.cluster.lead("other", expiry_s=60) == store.leader + 1
+
+
+def test_an_older_leader_changes_nothing(store: Store) -> None:
+    """Every call that only a leader may make is refused in an older epoch."""
+    store.place()
+    store.commit(1, "t1", "t2")
+    store.publish("p")
+    started = store.start("a")
+    store.submit("b")
+    store.submit("t3", "train")
+    waiting = store.submission()
+    (example,) = store.training.queued_examples(1)
+    (work,) = store.items.work_of(0)
+    planned = store.training.step(1)
+    seen = store.training.state()
+    store.cluster.resign("me")
+    store.cluster.lead("other", expiry_s=60)
+    old = store.leader
+    loading = {"run": MAIN_RUN, "step": 0, "directory": "", "nodes": [0], "epochs": [1]}
+    late: list[Call | Callable[[], object]] = [
+        store.items.dispatch(old, waiting, 0),
+        store.items.redispatch(old, 0, work, target=0, reason="x"),
+        lambda: store.items.forget_consumer(old, 0, "w"),
+        lambda: store.cluster.forget_worker(old, "w0"),
+        lambda: store.cluster.place(old, 0, ["x", "y"]),
+        lambda: store.training.plan(old, planned, cursor=example.id),
+        lambda: store.training.drop_examples(old, [example]),
+        lambda: store.training.start_step(old, 2, members=[0], epochs=[1], shard_nodes=[0], seen=seen),
+        lambda: store.training.forget_steps(old, 1),
+        lambda: store.versions.retire(old),
+        lambda: store.versions.load_training(old, seen_attempt=seen.attempt, **loading),  # type: ignore[arg-type]
+    ]
+    before = everything(store.broker)
+    for call in late:
+        if callable(call):
+            with pytest.raises(Fenced):
+                call()
+        else:
+            assert store.broker.call_many([call]) == [["fenced"]]
+    assert everything(store.broker) == before
+    assert started.item == "a"
+
+
+# -------------------------------------------------------------------------------------------- workers and placement
+def test_a_new_process_takes_its_slot_over(store: Store) -> None:
+    """The one that had it is dead at once; beating on doesn't bring it back."""
+    about = {"slot": "s", "registered_at": "1.0"}
+    store.twice(lambda: store.cluster.register("old", about, expiry_s=60))
+    assert store.cluster.beat("old", 7, expiry_s=60)
+    assert store.cluster.workers()["old"]["alive"] == "7"
+    store.cluster.register("new", about | {"registered_at": "2.0"}, expiry_s=60)
+    assert "alive" not in store.cluster.workers()["old"]
+    store.twice(lambda: store.cluster.forget_worker(store.leader, "old"))
+    assert not store.cluster.beat("old", 8, expiry_s=60)
+    assert list(store.cluster.workers()) == ["new"]
+
+
+def test_a_stage_reports_only_for_its_own_placement(store: Store) -> None:
+    """Another worker's word, or one of an older epoch, changes nothing."""
+    epoch = store.place()
+    store.twice(lambda: store.ready(0, epoch))
+    store.unchanged_by(lambda: store.ready(0, epoch - 1))
+    strange = {"node": 0, "stage": 0, "versions": ["0.0"], "layers": [0, 0], "memory_bytes": 1}
+    store.unchanged_by(lambda: store.cluster.stage_ready("x", epoch=epoch, training=9, **strange))  # type: ignore[arg-type]
+    store.unchanged_by(store.cluster.training_at("w0", node=0, stage=0, epoch=epoch - 1, step=9))
+    store.unchanged_by(store.cluster.training_at("x", node=0, stage=0, epoch=epoch, step=9))
+    store.unchanged_by(lambda: store.cluster.link_lost(0, epoch - 1, "w1"))
+    assert store.twice(store.cluster.training_at("w0", node=0, stage=0, epoch=epoch, step=9)) == ["ok"]
+    store.twice(lambda: store.cluster.link_lost(0, epoch, "w1"))
+    assert store.broker.hash(store.broker.keys.node(0))["training:0"] == "9"
+
+
+def test_a_stage_is_ready_only_with_every_live_version(store: Store) -> None:
+    """It is told which it lacks: the served, the draining, the one that is being prepared."""
+    store.place()
+    store.commit(1, "t1", "t2")
+    store.publish("p1")
+    store.commit(2, "t3", "t4")
+    store.snapshot("p2", "publish")
+    store.versions.prepare("p2", "/r/p2", "abc")
+    store.cluster.place(store.leader, 0, ["w0", "w1"])
+    epoch = int(store.cluster.nodes(1)[0]["epoch"])
+    assert sorted(store.ready(0, epoch, ("0.1",))) == ["0.0", "0.2"]
+    assert "ready:0" not in store.broker.hash(store.broker.keys.node(0))
+    assert store.ready(0, epoch, ("0.0", "0.1", "0.2")) == []
+    assert store.broker.hash(store.broker.keys.node(0))["ready:0"] == str(epoch)
+    assert "prepared:0:0" in store.versions.version("0.2")
+
+
+# --------------------------------------------------------------------------------------------------------- training
+def test_every_call_of_a_step_may_be_repeated(store: Store) -> None:
+    """Plan, start, gradients, commit: one step, each example in it once."""
+    epoch = store.place()
+    store.submit("t1", "train")
+    store.submit("t2", "train")
+    assert store.plan(1, "t1", "t2") == "ok"
+    assert store.unchanged_by(lambda: store.plan(1, "t1", "t2")) == "stale"
+    assert store.training.queued_examples(9) == []
+    seen = store.training.state()
+    start = {"members": [0], "epochs": [epoch], "shard_nodes": [0, 0, 0, 0], "seen": seen}
+    assert store.training.start_step(store.leader, 1, **start) == "ok"  # type: ignore[arg-type]
+    again = lambda: store.training.start_step(store.leader, 1, **start)  # type: ignore[arg-type]  # noqa: E731
+    assert store.unchanged_by(again) == "stale"
+    assert store.training.state().in_flight
+    assert store.twice(store.gradients(1, 1, 0)) == ["waiting"]
+    assert store.item("t1")["state"] == "planned"
+    assert store.twice(store.gradients(1, 1, 1)) == ["ok"]
+    run = store.training.state()
+    assert (run.committed, run.in_flight) == (1, False)
+    assert {store.item(item)["state"] for item in ("t1", "t2")} == {"committed"}
+    assert store.broker.hash(store.broker.keys.step(MAIN_RUN, 1))["loss"] == "0.75"
+    assert store.cluster.nodes(1)[0]["training:1"] == "1"
+
+
+def test_gradients_of_an_older_attempt_count_nothing(store: Store) -> None:
+    """Only the newest attempt can commit, and only with all of its own reports."""
+    epoch = store.place()
+    store.submit("t1", "train")
+    store.plan(1, "t1")
+    first = store.begin(1, epoch)
+    store.broker.call_many([store.gradients(1, first, 0)])
+    second = store.begin(1, epoch)
+    assert store.unchanged_by(store.gradients(1, first, 1)) == ["stale"]
+    assert store.broker.call_many([store.gradients(1, second, 1)]) == [["waiting"]]
+    assert store.training.state().committed == 0
+    assert store.broker.call_many([store.gradients(1, second, 0)]) == [["ok"]]
+    assert store.training.state().committed == 1
+
+
+def test_a_replay_commits_nothing_twice(store: Store) -> None:
+    """It moves the node's training state on, not the run; its items and loss stay as they are."""
+    epoch = store.place()
+    store.commit(1, "t1", "t2")
+    committed = store.broker.hash(store.broker.keys.step(MAIN_RUN, 1))
+    state = store.training.state()
+    store.versions.load_training(
+        store.leader, run=MAIN_RUN, step=0, directory="", nodes=[0], epochs=[epoch], seen_attempt=state.attempt
+    )
+    assert "training:0" not in store.cluster.nodes(1)[0]
+    attempt = store.begin(1, epoch)
+    for stage in range(STAGES):
+        store.twice(store.gradients(1, attempt, stage))
+    assert store.training.state().committed == 1
+    assert store.broker.hash(store.broker.keys.step(MAIN_RUN, 1)) == committed
+    assert store.cluster.nodes(1)[0]["training:0"] == "1"
+
+
+def test_a_planned_example_is_not_cancelled(store: Store) -> None:
+    """Its step is fixed; one that is cancelled before is not planned."""
+    store.submit("t1", "train")
+    store.submit("t2", "train")
+    assert store.items.cancel("t2")
+    assert store.plan(1, "t1", "t2") == "changed"
+    (_, gone) = store.training.queued_examples(2)
+    store.twice(lambda: store.training.drop_examples(store.leader, [gone]))
+    assert store.plan(1, "t1") == "ok"
+    with pytest.raises(BadInput, match="planned"):
+        store.items.cancel("t1")
+    assert store.totals() == {"submitted": "2", "open": "1", "cancelled": "1"}
+
+
+def test_a_flush_says_what_waits(store: Store) -> None:
+    """Nothing, or examples that a step of its own is planned for."""
+    assert store.twice(store.training.flush) == (0, False)
+    store.submit("t1", "train")
+    assert store.twice(store.training.flush) == (0, True)
+    assert store.training.state().flush_until == store.training.queued_examples(1)[0].id
+
+
+# --------------------------------------------------------------------------------------------------------- versions
+def test_every_call_of_a_publish_may_be_repeated(store: Store) -> None:
+    """Open, write, prepare, publish, retire: one flip, and the step's examples are done once."""
+    epoch = store.place()
+    store.commit(1, "t1", "t2")
+    versions = store.versions
+    opened = {"run": MAIN_RUN, "root": "/r", "writers": [0, 0], "epochs": [epoch] * 2}
+    store.twice(lambda: versions.open("p", "publish", **opened))  # type: ignore[arg-type]
+    store.twice(lambda: versions.write_shards("p"))
+    directory = versions.operation("p")["directory"]
+    store.unchanged_by(lambda: versions.shard_written("p", 0, "/r/another-try", {}))
+    for stage in range(STAGES):
+        store.twice(lambda stage=stage: versions.shard_written("p", stage, directory, {"stage": stage}))
+    store.broker.clock = _Stopped()
+    store.twice(lambda: versions.prepare("p", "/r/0.1", "abc"))
+    assert versions.publish("p") == "waiting"
+    for stage in range(STAGES):
+        store.twice(lambda stage=stage: versions.prepared("0.1", node=0, stage=stage, epoch=epoch))
+    assert store.twice(lambda: versions.publish("p")) == "ok"
+    assert versions.live() == {"served": "0.1", "draining": "0.0"}
+    assert store.news() == ["t1 done", "t2 done"]
+    assert (store.totals(), store.training.state().published) == ({"submitted": "2", "done": "2"}, 1)
+    assert versions.retire(store.leader) == ("0.0", "")
+    assert store.unchanged_by(lambda: versions.retire(store.leader)) is None
+    assert versions.in_progress() == {}
+
+
+def test_a_version_in_use_is_not_retired(store: Store) -> None:
+    """An item keeps the version it started on, also over a redispatch; the next one starts on the new one."""
+    store.place()
+    old = store.start("a")
+    store.commit(1, "t1", "t2")
+    store.publish("p")
+    assert store.versions.retire(store.leader) is None
+    (entry,) = store.items.work_of(0)
+    store.broker.call_many([store.items.redispatch(store.leader, 0, entry, target=0, reason="lost")])
+    again = store.pull()
+    assert (old.version, again.version) == ("0.0", "0.0")
+    assert store.start("b").version == "0.1"
+    store.broker.call_many([store.items.complete(again, 0, {})])
+    assert store.versions.retire(store.leader) == ("0.0", "")
+
+
+def test_a_snapshot_that_lost_a_writer_begins_again(store: Store) -> None:
+    """In another directory; what the first try's writers still report is not taken."""
+    store.place()
+    first = store.snapshot("c", "checkpoint")
+    store.versions.choose_writers("c", "writing", [0, 0], [2, 2])
+    assert not any(name.startswith("shard:") for name in store.versions.operation("c"))
+    store.unchanged_by(lambda: store.versions.choose_writers("c", "writing", [0, 0], [3, 3]))
+    store.versions.write_shards("c")
+    assert store.versions.operation("c")["directory"] != first
+    store.unchanged_by(lambda: store.versions.shard_written("c", 0, first, {}))
+    store.unchanged_by(lambda: store.versions.advance("c", "requested", "failed"))
+    assert store.versions.advance("c", "writing", "failed", {"reason": "disk full"})
+    assert store.versions.in_progress() == {}
+
+
+def test_a_checkpoint_never_goes_back(store: Store) -> None:
+    """One that was begun earlier and sealed later doesn't replace the newer one, whose payloads may be gone."""
+    store.place()
+    store.commit(1, "t1", "t2")
+    store.snapshot("early", "checkpoint")
+    store.commit(2, "t3", "t4")
+    store.snapshot("late", "checkpoint")
+    store.twice(lambda: store.versions.seal("late", "/r/0.2", "b"))
+    store.twice(lambda: store.versions.seal("early", "/r/0.1", "a"))
+    run = store.training.state()
+    assert (run.checkpoint, run.checkpoint_directory) == (2, "/r/0.2")
+
+
+# ------------------------------------------------------------------------------------------------------ what remains
+FIXED = (
+    "cluster settings model tokenizer leader leader_epoch control totals workers placement_epoch node:0 node:0:work "
+    "submissions run:main run:main:examples run:main:ready versions events"
+).split()
+
+
+def test_only_fixed_keys_remain(broker: Broker) -> None:
+    """After a run of every kind of item, all that doesn't expire by itself is the cluster's own few keys."""
+    settings = ClusterSettings(model="m", result_ttl_s=1.0)
+    Cluster(broker).create(settings, MODEL, BYTES_TOKENIZER)
+    scripted = ScriptedWorker(broker)
+    scripted.join()
+    store = Store(broker, settings, leader=scripted.leader_epoch)
+    for round_ in range(3):
+        store.submit(f"generate-{round_}", max_new_tokens=3)
+        store.submit(f"score-{round_}", "score")
+        for index in range(2):
+            store.submit(f"train-{round_}-{index}", "train")
+        scripted.work()
+    store.submit("cancelled", "score")
+    store.submit("cancelled-example", "train")
+    assert all(store.items.cancel(item) for item in ("cancelled", "cancelled-example"))
+    scripted.work()
+    store.training.drop_examples(store.leader, store.training.queued_examples(9))
+    assert store.totals() == {"submitted": "14", "done": "12", "cancelled": "2"}
+    _checkpoint_of_one_stage(store)
+    store.twice(lambda: store.training.forget_steps(store.leader, 3))
+    client: Any = broker.client
+    served = store.versions.live()["served"]
+    own = {broker.keys.prefix + name for name in FIXED}
+    own |= {broker.keys.worker("scripted"), broker.keys.alive("scripted"), broker.keys.version(served)}
+    assert {key for key in client.keys("*") if client.ttl(key) < 0} <= own
+    wait_until(
+        lambda: not [key for key in client.keys("*") if "item:" in key or "replies:" in key],
+        what="results have expired",
+        timeout_s=5.0,
+    )
+    assert [client.xlen(broker.keys.prefix + name) for name in ("submissions", "node:0:work", "run:main:examples")] == [
+        0,
+        0,
+        0,
+    ]
+
+
+def _checkpoint_of_one_stage(store: Store) -> None:
+    store.versions.open("c", "checkpoint", run=MAIN_RUN, root="/r", writers=[0], epochs=[1])
+    store.versions.write_shards("c")
+    store.versions.seal("c", "/r/0.3", "a")
+    assert store.training.state().checkpoint == 3
