@@ -1,6 +1,6 @@
-"""Write the pages, and the parts of pages, that are made from the code; ``--check`` only says whether they are current.
+"""Write the pages, and parts of pages, that are made from the code; ``--check`` only says whether they are current.
 
-A whole page is made by a function of nothing. A part stands in a page between ``<!-- NAME: … -->`` and ``<!-- end -->``.
+A whole page is made by a function of nothing. A part stands in a page between ``<!-- NAME: … -->`` and an end mark.
 What stands below a ``$ lemix train --explain …`` is what that command prints.
 """
 
@@ -62,7 +62,7 @@ Beside the settings:
 | `--cluster` | `LEMIX_CLUSTER` | `lemix` | name of the cluster: the prefix of its keys on the broker |
 | `--data-dir` | `LEMIX_DATA_DIR` | `.lemix` | where the cluster keeps its state, and clients of this machine find it |
 | | `LEMIX_LOG_LEVEL` | `info` | least level that is logged: debug, info, warning, error |
-| | `{PORT_VARIABLE}` | any free | first port of the metrics pages: the coordinator's; operations and workers have the next ones |
+| | `{PORT_VARIABLE}` | any free | first port of the metrics pages (see metrics.md) |
 | | `{HOST_VARIABLE}` | `127.0.0.1` | address they listen on |
 """
 
@@ -91,17 +91,19 @@ Everything that processes say to each other. Commands are imperative, events pas
 message that isn't in it, or has other fields or other types, is refused, and the process lives.
 """
 
+FRAMES = """\
+Between stage workers, by tensor messaging (`lemix_common/wire.py`): msgpack, followed by raw tensors. Each says for
+which node, stage and placement epoch it is meant; what an older placement sent is dropped.
+"""
+
+NOTICES = """\
+On the cluster's control stream (`lemix_common/fields.py`), in the one order that every process reads. Each is written
+by the Lua call that changes the hashes it speaks of, so who missed some reads the hashes.
+"""
+
 VOCABULARIES = {
-    "Frames": (
-        messages.Frame,
-        "Between stage workers, by tensor messaging (`lemix_common/wire.py`): msgpack, followed by raw tensors. Each "
-        "says for which node, stage and placement epoch it is meant; what an older placement sent is dropped.",
-    ),
-    "Notices": (
-        messages.Notice,
-        "On the cluster's control stream (`lemix_common/fields.py`), in the one order that every process reads. Each "
-        "is written by the Lua call that changes the hashes it speaks of, so who missed some reads the hashes.",
-    ),
+    "Frames": (messages.Frame, FRAMES),
+    "Notices": (messages.Notice, NOTICES),
 }
 
 
@@ -110,7 +112,7 @@ def message_reference() -> str:
     comments = _field_comments(Path(inspect.getfile(messages)))
     parts = [MESSAGES]
     for title, (union, about) in VOCABULARIES.items():
-        parts += [f"\n## {title}\n\n{about}\n\n| message | meaning | fields |\n|---|---|---|\n"]
+        parts += [f"\n## {title}\n\n{about}\n| message | meaning | fields |\n|---|---|---|\n"]
         for kind in get_args(union):
             shown = (_field(f.name, str(f.type), comments.get((kind.__name__, f.name))) for f in fields(kind))
             parts.append(f"| `{kind.__name__}` | {_cell(_doc(kind))} | {', '.join(shown)} |\n")
@@ -223,7 +225,8 @@ def _modules(package: Path) -> Iterator[str]:
 
 
 def _first_sentence(docstring: str) -> str:
-    return re.split(r"(?<=\.)\s", " ".join(docstring.split("\n\n")[0].split()), maxsplit=1)[0].replace("``", "`")
+    paragraph = " ".join(docstring.partition("\n\n")[0].split())
+    return re.split(r"(?<=\.)\s", paragraph, maxsplit=1)[0].replace("``", "`")
 
 
 def drawing(docstring: str | None) -> str:

@@ -72,9 +72,15 @@ class MortalWorker(Worker):
             raise Killed
         super().turn(wait_s=wait_s)
 
-    def _give_up(self, error: BaseException) -> None:
-        if not isinstance(error, Killed):
-            super()._give_up(error)
+    def run(self, stop: threading.Event) -> None:
+        """Compute until told to stop, or dead."""
+        try:
+            super().run(stop)
+        except Exception:
+            assert isinstance(self.broker, MortalBroker)
+            if self.broker.dead.is_set():  # it stumbled over its own end
+                raise Killed from None
+            raise
 
 
 @dataclass
@@ -98,18 +104,18 @@ class Hosted:
         self.broker.die()
         self.stop.set()  # for the threads that only wait
         if self.worker is not None:
-            for puller in list(self.worker.pullers.values()):
+            for puller in list(self.worker.hosting.pullers.values()):
                 puller.stop()
             self.worker.reporter.close()
             self.worker.links.close()
-            self.worker._background.shutdown(cancel_futures=True)
+            self.worker.background.close()
         self.end()
 
     @property
     def pulled(self) -> set[str]:
         """Entries of the work streams that this worker has in work."""
         assert self.worker is not None
-        return {entry for puller in self.worker.pullers.values() for entry in puller._held}
+        return {entry for puller in self.worker.hosting.pullers.values() for entry in puller._held}
 
 
 @dataclass
@@ -175,8 +181,12 @@ class InProcessCluster:
             "registered_at": f"{clock.now():.6f}",
         }
         expiry_s = self.settings.heartbeat_expiry_s
-        heartbeat = Heartbeat(worker, cluster, lambda: cluster.register(name, about, expiry_s=expiry_s), expiry_s)
-        running = threading.Thread(target=worker.run, args=(hosted.stop,), name=f"compute-{name}", daemon=True)
+        heartbeat = Heartbeat(
+            worker, cluster, lambda: cluster.register(name, about, expiry_s=expiry_s), expiry_s
+        )
+        running = threading.Thread(
+            target=worker.run, args=(hosted.stop,), name=f"compute-{name}", daemon=True
+        )
         with contextlib.suppress(Killed):
             hosted.threads = [heartbeat.start(hosted.stop)]
         hosted.threads.append(running)
@@ -217,7 +227,9 @@ class InProcessCluster:
         nodes = Cluster(self.broker).nodes(self.settings.nodes)
         living = {hosted.worker.name for hosted in self.workers.values() if hosted.worker is not None}
         return all(
-            node.get("epoch") and node.get(f"ready:{stage}") == node["epoch"] and node[f"stage:{stage}"] in living
+            node.get("epoch")
+            and node.get(f"ready:{stage}") == node["epoch"]
+            and node[f"stage:{stage}"] in living
             for node in nodes
             for stage in range(self.settings.stages)
         )
@@ -238,7 +250,7 @@ class InProcessCluster:
         return not any(
             [
                 *(worker.serving.requests for worker in workers),
-                *(host.caches for worker in workers for host in worker.hosts.values()),
+                *(host.caches for worker in workers for host in worker.hosting.stages.values()),
                 *(hosted.pulled for hosted in self.workers.values()),
             ]
         )

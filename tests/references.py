@@ -89,7 +89,12 @@ def whole_model(folder: Path) -> PreTrainedModel:
 
 
 def train_whole(
-    folder: Path, examples: Sequence[Example], *, step_examples: int, learning_rate: float, weight_decay: float
+    folder: Path,
+    examples: Sequence[Example],
+    *,
+    step_examples: int,
+    learning_rate: float,
+    weight_decay: float,
 ) -> dict[str, Tensor]:
     """The plain loop: one model, one process, one microbatch an example, torch's AdamW."""
     model = whole_model(folder)
@@ -154,7 +159,9 @@ def follow_whole(
 def score_whole(model: PreTrainedModel, prompt: Sequence[int], reference: Sequence[int]) -> list[float]:
     """The log-probability of each reference token."""
     logits_TV = model(torch.tensor([[*prompt, *reference]])).logits[0, len(prompt) - 1 : -1]
-    values: list[float] = (-functional.cross_entropy(logits_TV, torch.tensor(reference), reduction="none")).tolist()
+    values: list[float] = (
+        -functional.cross_entropy(logits_TV, torch.tensor(reference), reduction="none")
+    ).tolist()
     return values
 
 

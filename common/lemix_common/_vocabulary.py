@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from types import MappingProxyType
-from typing import Final, get_args, get_type_hints
+from typing import Any, Final, get_args, get_type_hints
 
 MAX_TEXT: Final = 65_536
 """Characters in one string."""
@@ -63,6 +64,10 @@ class Shape:
     kind: type
     annotations: Mapping[str, object]
     fits: tuple[tuple[str, Callable[[object], bool]], ...]
+    names: tuple[str, ...]
+    types: tuple[object, ...]
+    read: Callable[[object], tuple[object, ...]]
+    """All values of a message in one call."""
 
     @classmethod
     def of(cls, kind: type) -> Shape:
@@ -72,27 +77,56 @@ class Shape:
         for name, annotation in annotations.items():
             if annotation not in _FITS:
                 raise TypeError(f"{kind.__name__}.{name}: messages can't carry {annotation}")
-        fits = tuple((name, _FITS[annotation]) for name, annotation in annotations.items())
-        return cls(kind, MappingProxyType(annotations), fits)
+        return cls(
+            kind,
+            MappingProxyType(annotations),
+            fits=tuple((name, _FITS[annotation]) for name, annotation in annotations.items()),
+            names=tuple(annotations),
+            types=tuple(annotations.values()),
+            read=_read_all(*annotations),
+        )
 
     def take_apart(self, message: object) -> dict[str, object]:
         """The message's values by name, each right."""
-        values = {name: getattr(message, name) for name in self.annotations}
-        self._check(values)
+        values = self.values(message)
+        self.check(values)
         return values
 
     def put_together(self, values: Mapping[str, object]) -> object:
-        """A message from exactly its fields."""
+        """A message from exactly its fields, each right."""
+        self.check_names(values)
+        self.check(values)
+        return self.kind(**values)
+
+    def values(self, message: object) -> dict[str, object]:
+        """The message's values by name, whatever they are."""
+        return dict(zip(self.names, self.read(message), strict=True))
+
+    def check_names(self, values: Mapping[str, object]) -> None:
+        """`ValueError` unless these are exactly the fields."""
         if values.keys() != self.annotations.keys():
             differing = sorted(map(str, values.keys() ^ self.annotations.keys()))
             raise ValueError(f"{self.kind.__name__} lacks or doesn't have: {', '.join(differing)[:200]}")
-        self._check(values)
-        return self.kind(**values)
 
-    def _check(self, values: Mapping[str, object]) -> None:
+    def check(self, values: Mapping[str, object]) -> None:
+        """`ValueError` unless each value fits its field."""
         for name, fits in self.fits:
             if not fits(values[name]):
                 raise ValueError(f"{self.kind.__name__}.{name} can't be {values[name]!r:.80}")
+
+    def is_plain(self, values: Mapping[str, object]) -> bool:
+        """Whether the values, in the fields' order, are exactly of the fields' types; true of most, and soon known."""
+        return tuple(map(type, values.values())) == self.types
+
+
+def _read_all(*names: str) -> Callable[[Any], tuple[object, ...]]:
+    match names:
+        case ():
+            return lambda _: ()
+        case (name,):
+            return lambda message: (getattr(message, name),)
+        case _:
+            return attrgetter(*names)
 
 
 def shapes_of(union: object) -> Mapping[str, Shape]:

@@ -37,7 +37,7 @@ class _Page(Collector):
 
 def families(samples: Iterable[Sample]) -> list[Family]:
     """Samples of one metric together, in the order they first came."""
-    by_name: dict[str, Family] = {}
+    by_name: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
     for sample in samples:
         family = by_name.get(sample.metric.name) or _family(sample.metric)
         by_name[sample.metric.name] = family

@@ -17,12 +17,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Final, Generic, NamedTuple, TypeVar, cast
 
 import msgpack  # type: ignore[import-untyped]
 
-from lemix_common._vocabulary import shapes_of
+from lemix_common._vocabulary import MAX_TEXT, shapes_of
 from lemix_common.errors import BadFrame
 from lemix_common.messages import Frame
 
@@ -46,6 +47,14 @@ _MAGIC: Final = b"LeMx"
 _PRELUDE: Final = struct.Struct("<4sHHIQ")
 PRELUDE_BYTES: Final = _PRELUDE.size
 _ZEROS: Final = memoryview(bytes(ALIGNMENT))
+_LARGE_INTEGER: Final = b"\xcf"
+"""msgpack's mark of an integer beyond 32 bits."""
+_SHORT_PAIR: Final = b"\x92\xc4"
+"""How msgpack begins a pair whose first is up to 255 bytes; their number follows."""
+_REMEMBERED: Final = 4_096
+"""Layouts; a worker sees the same few again and again."""
+_REMEMBERED_BYTES: Final = 256
+"""Of a packed table of tensors; a longer one is read each time."""
 
 M = TypeVar("M")
 
@@ -55,7 +64,11 @@ def _bad(reason: object, payload: bytes | memoryview) -> BadFrame:
 
 
 class Codec(Generic[M]):
-    """Messages of one closed union as bytes, tagged by class name; anything else is a `BadFrame`."""
+    """Messages of one closed union as bytes, tagged by class name; anything else is a `BadFrame`.
+
+    Values are checked one by one only where a glance shows that it may be needed: at their types, and at their bytes,
+    which are few and without `_LARGE_INTEGER` unless some text is long or some integer is beyond 32 bits.
+    """
 
     def __init__(self, union: object) -> None:
         self._shapes = shapes_of(union)
@@ -65,21 +78,38 @@ class Codec(Generic[M]):
         name = type(message).__name__
         try:
             shape = self._shapes[name]
-            return cast("bytes", msgpack.packb((WIRE_VERSION, name, shape.take_apart(message))))
         except KeyError:
             raise BadFrame(f"{name} is not in this vocabulary") from None
-        except ValueError as error:
+        try:
+            values = shape.values(message)
+            if not shape.is_plain(values):
+                shape.check(values)
+            payload = cast("bytes", msgpack.packb((WIRE_VERSION, name, values)))
+            if _is_unusual(payload):
+                shape.check(values)
+        except (ValueError, OverflowError) as error:
             raise BadFrame(str(error)) from error
+        return payload
 
     def decode(self, payload: bytes | memoryview) -> M:
         """The message that these bytes are."""
+        payload = bytes(payload)
         try:
             version, name, values = msgpack.unpackb(payload, use_list=False)
             if version != WIRE_VERSION or name not in self._shapes or not isinstance(values, dict):
                 raise _bad(f"not a message of wire version {WIRE_VERSION}, or of an unknown type", payload)
-            return cast("M", self._shapes[name].put_together(values))
+            shape = self._shapes[name]
+            shape.check_names(values)
+            if not shape.is_plain(values) or _is_unusual(payload):
+                shape.check(values)
+            return cast("M", shape.kind(**values))
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise _bad(error, payload) from error
+
+
+def _is_unusual(message: bytes) -> bool:
+    """Whether these bytes can hold a text or an integer that is over its bound."""
+    return _LARGE_INTEGER in message or len(message) > MAX_TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,44 +163,64 @@ class Header(NamedTuple, Generic[M]):
         return tuple(TensorBuffer(dtype, shape, payload[a:b]) for dtype, shape, a, b in self.places)
 
 
+class _Table(NamedTuple):
+    """What a frame says of its tensors, and where they lie."""
+
+    packed: bytes
+    places: tuple[TensorPlace, ...]
+    payload_bytes: int
+
+
 class FrameLayout(Generic[M]):
     """Frames of one vocabulary, within limits."""
 
     def __init__(self, codec: Codec[M], limits: Limits) -> None:
         self.codec = codec
         self._limits = limits
+        self._packed_table = lru_cache(_REMEMBERED)(self._pack_table)
+        self._read_short_table = lru_cache(_REMEMBERED)(self._read_table)
 
     def encode(self, message: M, tensors: Sequence[TensorBuffer] = ()) -> list[memoryview]:
         """The pieces of the frame in order, no tensor copied: prelude and header first, then the payload."""
-        table = [(tensor.dtype, tensor.shape, tensor.data.nbytes) for tensor in tensors]
         try:
-            places = _places(table, self._limits)
+            packed, places, payload_bytes = self._packed_table(
+                tuple([(tensor.dtype, tensor.shape, tensor.data.nbytes) for tensor in tensors])
+            )
         except ValueError as error:
             raise BadFrame(str(error)) from error
-        header = msgpack.packb((self.codec.encode(message), table))
-        prelude = self._within_limits(Prelude(len(places), len(header), _end(places)))
+        header = _packed_pair(self.codec.encode(message), packed)
+        prelude = self._within_limits(Prelude(len(places), len(header), payload_bytes))
         head = memoryview(_PRELUDE.pack(_MAGIC, WIRE_VERSION, *prelude) + header)
         return [head, *_payload_pieces(places, tensors)]
 
     def read_prelude(self, prelude: bytes | memoryview) -> Prelude:
         """What follows these `PRELUDE_BYTES` bytes, if they begin a frame within the limits."""
-        magic, version, *sizes = _PRELUDE.unpack(prelude)
+        magic, version, num_tensors, header_bytes, payload_bytes = _PRELUDE.unpack(prelude)
         if magic != _MAGIC:
             raise _bad("not a LeMix frame", prelude)
         if version != WIRE_VERSION:
             raise _bad(f"wire version {version}, this worker speaks {WIRE_VERSION}", prelude)
-        return self._within_limits(Prelude(*sizes))
+        return self._within_limits(Prelude(num_tensors, header_bytes, payload_bytes))
 
     def read_header(self, prelude: Prelude, header: bytes | memoryview) -> Header[M]:
         """The message, and where each tensor will be in the payload that the prelude announced."""
         try:
-            message, table = msgpack.unpackb(header, use_list=False)
-            places = _places(table, self._limits)
+            message, packed = _split_pair(bytes(header))
+            is_short = len(packed) <= _REMEMBERED_BYTES
+            _, places, payload_bytes = self._read_short_table(packed) if is_short else self._read_table(packed)
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise _bad(error, header) from error
-        if (len(places), _end(places)) != (prelude.num_tensors, prelude.payload_bytes):
+        if (len(places), payload_bytes) != (prelude.num_tensors, prelude.payload_bytes):
             raise _bad("a header that doesn't agree with its prelude", header)
         return Header(self.codec.decode(message), places)
+
+    def _pack_table(self, table: tuple[tuple[str, tuple[int, ...], int], ...]) -> _Table:
+        places = _places(table, self._limits)
+        return _Table(msgpack.packb(table), places, _end(places))
+
+    def _read_table(self, packed: bytes) -> _Table:
+        places = _places(msgpack.unpackb(packed, use_list=False), self._limits)
+        return _Table(packed, places, _end(places))
 
     def _within_limits(self, prelude: Prelude) -> Prelude:
         limits = self._limits
@@ -181,6 +231,22 @@ class FrameLayout(Generic[M]):
         ):
             raise BadFrame(f"{prelude} is over the limits: {limits}")
         return prelude
+
+
+def _packed_pair(message: bytes, table: bytes) -> bytes:
+    """The pair of a message's bytes and a table, which is packed already."""
+    if len(message) < 2**8:
+        return b"%b%c%b%b" % (_SHORT_PAIR, len(message), message, table)
+    return cast("bytes", _SHORT_PAIR[:1] + msgpack.packb(message) + table)
+
+
+def _split_pair(header: bytes) -> tuple[bytes, bytes]:
+    """The message's bytes and the packed table."""
+    if header[:2] == _SHORT_PAIR:
+        end = 3 + header[2]
+        return header[3:end], header[end:]
+    message, table = msgpack.unpackb(header, use_list=False)
+    return message, msgpack.packb(table)
 
 
 def _places(table: Iterable[tuple[str, tuple[int, ...], int]], limits: Limits) -> tuple[TensorPlace, ...]:

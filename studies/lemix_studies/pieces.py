@@ -13,7 +13,8 @@ INFERENCE = ("prefill", "decode")
 TRAINING = ("training_forward", "training_backward", "optimizer")
 IDLE_SERVING = "idle_serving"
 IDLE_PIPELINE = "idle_pipeline"
-CATEGORIES = (*INFERENCE, *TRAINING, IDLE_SERVING, IDLE_PIPELINE)
+IDLENESS = (IDLE_SERVING, IDLE_PIPELINE)
+CATEGORIES = (*INFERENCE, *TRAINING, *IDLENESS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class Piece:
 
     @property
     def is_idle(self) -> bool:
-        return self.category in {IDLE_SERVING, IDLE_PIPELINE}
+        return self.category in IDLENESS
 
 
 def pieces_of(

@@ -11,13 +11,13 @@ from math import ceil, floor, log10, sqrt
 
 from lemix_common.errors import BadInput
 from lemix_studies.intervals import Interval
-from lemix_studies.pieces import INFERENCE, TRAINING, Piece
+from lemix_studies.pieces import IDLENESS, INFERENCE, TRAINING, Piece
 
 LONGEST_WINDOW_S = 20.0
-_TICKS = 4
-"""A window that is chosen begins at a multiple of a fourth of its length."""
-WIDE_BOX = 1 / 50
+WIDE_BOX = 1 / 60
 """Of a picture's width: in the window that is chosen, half of the busy time is in boxes at least this wide."""
+_MOST_IDLE = 0.1
+"""Of a window's length: more idleness of a kind on a node doesn't make the window more interesting."""
 
 
 def extent(pieces: Sequence[Piece]) -> Interval:
@@ -51,37 +51,47 @@ def chosen_window(pieces: Sequence[Piece], start_s: float | None, end_s: float |
 
 
 def window_length(pieces: Sequence[Piece]) -> float:
-    """One in which half of the busy time is in boxes wide enough to tell apart, rounded to 1, 2 or 5."""
+    """One in which half of the busy time is in boxes wide enough to tell apart, rounded down to one digit."""
     ascending = sorted(piece.seconds for piece in pieces if not piece.is_idle)
     sums = list(accumulate(ascending))
     middle_s = ascending[bisect_left(sums, sums[-1] / 2)]
+    longest_s = max(middle_s, 1e-3) / WIDE_BOX
+    digit_s = _digit(longest_s)
     first, last = extent(pieces)
-    return min(_rounded(max(middle_s, 1e-3) / WIDE_BOX), LONGEST_WINDOW_S, last - first)
+    return min(floor(longest_s / digit_s) * digit_s, LONGEST_WINDOW_S, last - first)
 
 
 def interesting_window(pieces: Sequence[Piece], length_s: float) -> Interval:
-    """The stretch of that length with most work on every node; a little of many kinds counts for more than of one."""
+    """The stretch of that length, from a round moment on, in which most happens.
+
+    On each node a little of every kind of work counts for more than much of one, and idleness should be seen too.
+    """
     first, last = extent(pieces)
     if length_s >= last - first:
         return first, last
-    tick = length_s / _TICKS
-    seconds: defaultdict[int, list[tuple[int, str, float]]] = defaultdict(list)
-    for piece in (piece for piece in pieces if not piece.is_idle):
+    tick = _digit(length_s) / 2
+    num_ticks = round(length_s / tick)
+    seconds: defaultdict[int, defaultdict[tuple[int, str], float]] = defaultdict(lambda: defaultdict(float))
+    for piece in pieces:
         for number in range(floor(piece.start / tick), floor(piece.end / tick) + 1):
             overlap_s = min(piece.end, (number + 1) * tick) - max(piece.start, number * tick)
-            seconds[number].append((piece.node, piece.category, max(0.0, overlap_s)))
+            seconds[number][piece.node, piece.category] += max(0.0, overlap_s)
 
     def interest(number: int) -> float:
         totals: defaultdict[tuple[int, str], float] = defaultdict(float)
-        for later in range(number, number + _TICKS):
-            for node, category, took_s in seconds.get(later, ()):
-                totals[node, category] += took_s
-        return round(sum(map(sqrt, totals.values())), 9)
+        for later in range(number, number + num_ticks):
+            for key, took_s in seconds.get(later, {}).items():
+                totals[key] += took_s
+        counted = (
+            min(took_s, _MOST_IDLE * length_s) if category in IDLENESS else took_s
+            for (_, category), took_s in totals.items()
+        )
+        return round(sum(map(sqrt, counted)), 9)
 
     earliest = floor(first / tick)
-    latest = max(earliest, ceil(last / tick) - _TICKS)
+    latest = max(earliest, ceil(last / tick) - num_ticks)
     best = max(range(earliest, latest + 1), key=lambda number: (interest(number), -number))
-    return best * tick, (best + _TICKS) * tick
+    return best * tick, (best + num_ticks) * tick
 
 
 def item_numbers(pieces: Iterable[Piece]) -> dict[str, str]:
@@ -121,7 +131,6 @@ def _numbers(items: Sequence[str]) -> list[tuple[str, int]]:
     return [(item, number) for number, item in enumerate(items, start=1)]
 
 
-def _rounded(length_s: float) -> float:
-    """The nearest of 1, 2 and 5 times a power of ten, not above."""
-    power = 10.0 ** floor(log10(length_s))
-    return max(step * power for step in (1, 2, 5) if step * power <= length_s * (1 + 1e-9))
+def _digit(length_s: float) -> float:
+    """What a length's first digit stands for: 0.1 for 0.35."""
+    return float(10.0 ** floor(log10(length_s)))

@@ -113,7 +113,9 @@ class Load:
             len(self.futures),
             0,
         )
-        wait_until(lambda: self._leftovers() == [], what=f"nothing is left, {self._leftovers()}", timeout_s=5.0)
+        wait_until(
+            lambda: self._leftovers() == [], what=f"nothing is left, {self._leftovers()}", timeout_s=5.0
+        )
         self.check_steps()
 
     def check_steps(self) -> None:
@@ -134,7 +136,8 @@ class Load:
         return news
 
     def _leftovers(self) -> list[str]:
-        keys, client = self.broker.keys, self.broker.client
+        keys = self.broker.keys
+        client: Any = self.broker.client
         streams = [keys.submissions, keys.examples(MAIN_RUN)]
         streams += [keys.work(node) for node in range(self.cluster.settings.nodes)]
         left = [stream for stream in streams if client.xlen(stream)]
@@ -158,5 +161,3 @@ def notices(broker: Broker, kind: str) -> list[dict[str, str]]:
     """The control stream's notices of a kind, in order."""
     entries: Any = broker.client.xrange(broker.keys.control)
     return [fields for _, fields in entries if fields["type"] == kind]
-
-

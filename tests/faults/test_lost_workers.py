@@ -17,10 +17,11 @@ from faults.scenario import Load, notices, small_settings
 from lemix_common.clock import wait_until
 from lemix_common.server import RunningBroker
 from lemix_common.store.cluster import Cluster
-from lemix_stage_worker import worker as worker_module
+from lemix_stage_worker import hosting
+from lemix_stage_worker.hosted_stage import build_template
+from lemix_stage_worker.hosting import Hosting
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.model.stage import StageModel
-from lemix_stage_worker.worker import Worker
 from mortality import KillPoint, MortalBroker
 
 Start = Callable[..., AbstractContextManager[tuple[InProcessCluster, Load]]]
@@ -79,7 +80,11 @@ def test_a_lone_node_comes_back_by_checkpoint_and_replay(start: Start, undisturb
         load.settle()
         loads = notices(cluster.broker, "LoadTraining")
         assert [int(notice["step"]) for notice in loads] == [step]
-        replayed = [int(notice["step"]) for notice in notices(cluster.broker, "StepCommitted") if notice["replay"] == "1"]
+        replayed = [
+            int(notice["step"])
+            for notice in notices(cluster.broker, "StepCommitted")
+            if notice["replay"] == "1"
+        ]
         assert replayed == list(range(step + 1, 7))
         assert _fingerprints(cluster) == {undisturbed}
 
@@ -204,33 +209,35 @@ def test_two_placements_at_once_build_a_stage_once(
     start: Start, undisturbed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second is known before the first one's stage is built: it isn't built, and reported, twice."""
-    hash_, build, read = MortalBroker.hash, worker_module.build_template, Worker._read_placement
-    workers: list[Worker] = []
+    hash_, read = MortalBroker.hash, Hosting.read_placement
+    reads: list[int] = []
     built: list[int] = []
 
-    def read_placement(worker: Worker, node: int) -> None:
-        workers.append(worker)
-        read(worker, node)
+    def read_placement(stages: Hosting, node: int) -> None:
+        reads.append(node)
+        read(stages, node)
 
     def slow_hash(broker: MortalBroker, key: str) -> dict[str, str]:
         value = hash_(broker, key)
         is_worker = threading.current_thread().name.startswith("background")
         if is_worker and key == broker.keys.node(0) and value.get("epoch") == "1":
-            placements = len(workers)
+            placements = len(reads)
             Cluster(broker).link_lost(0, 1, "nobody")
             wait_until(
-                lambda: len(notices(broker, "PlacementChanged")) == 2, what="the second placement", timeout_s=10
+                lambda: len(notices(broker, "PlacementChanged")) == 2,
+                what="the second placement",
+                timeout_s=10,
             )
-            wait_until(lambda: len(workers) > placements, what="it is to be read", timeout_s=10)
+            wait_until(lambda: len(reads) > placements, what="it is to be read", timeout_s=10)
         return value
 
     def counting_build(source: ModelSource, stage: int, layers: tuple[range, ...]) -> StageModel:
         built.append(stage)
-        return build(source, stage, layers)
+        return build_template(source, stage, layers)
 
-    monkeypatch.setattr(Worker, "_read_placement", read_placement)
+    monkeypatch.setattr(Hosting, "read_placement", read_placement)
     monkeypatch.setattr(MortalBroker, "hash", slow_hash)
-    monkeypatch.setattr(worker_module, "build_template", counting_build)
+    monkeypatch.setattr(hosting, "build_template", counting_build)
     with start(stages=1) as (running, load):
         assert built == [0]
         load.train()
@@ -277,9 +284,7 @@ POINTS = [*_points("worker-0", WORKER_CALLS), *_points(COORDINATOR, COORDINATOR_
 
 
 @pytest.mark.parametrize(("who", "point"), POINTS, ids=[f"{who}-{point}" for who, point in POINTS])
-def test_a_kill_at_any_call_loses_nothing(
-    start: Start, undisturbed: str, who: str, point: KillPoint
-) -> None:
+def test_a_kill_at_any_call_loses_nothing(start: Start, undisturbed: str, who: str, point: KillPoint) -> None:
     """Killed just before or after a call reached the broker: every item ends once, the same weights."""
     with start({who: point}, stages=2) as (cluster, load):
         load.train()

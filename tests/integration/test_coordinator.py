@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -310,7 +311,9 @@ def test_an_item_that_kills_is_given_up(new_scene: Callable[..., Scene]) -> None
         coordinator.tick()
         node = Cluster(scene.broker).nodes(1)[0]
         consumer = f"{node['stage:0']}:{node['epoch']}"
-        entries = scene.broker.read_group(scene.broker.keys.work(0), STAGE_0, consumer, block_s=0.001, count=1)
+        entries = scene.broker.read_group(
+            scene.broker.keys.work(0), STAGE_0, consumer, block_s=0.001, count=1
+        )
         assert len(Items(scene.broker).start(0, node["stage:0"], entries)[0]) == 1
         scene.clock.sleep(10)
         scene.die(f"w{turn}")
@@ -318,7 +321,8 @@ def test_an_item_that_kills_is_given_up(new_scene: Callable[..., Scene]) -> None
     coordinator.tick()
     assert scene.item("a")["state"] == "failed"
     assert "2 deliveries" in scene.item("a")["reason"]
-    ((_, letter),) = scene.broker.client.xrange(scene.broker.keys.dead_letters)
+    letters: Any = scene.broker.client.xrange(scene.broker.keys.dead_letters)
+    ((_, letter),) = letters
     assert letter["item"] == "a"
     assert scene.work(0) == []
 

@@ -43,7 +43,10 @@ def test_long_commands_run(page: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", pages_with("docker"))
 def test_docker_commands_run(page: str, tmp_path: Path) -> None:
     """So does what is marked `docker`, where there is an engine."""
-    if shutil.which("docker") is None or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode:
+    if (
+        shutil.which("docker") is None
+        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
+    ):
         pytest.skip("no container engine")
     check(page, "docker", tmp_path, timeout_s=1700)
 

@@ -1,4 +1,4 @@
-"""docs/redis.md: every line runs, through `lemix redis` and through redis-cli, and its answer speaks to its question."""
+"""docs/redis.md: every line runs, through `lemix redis` and redis-cli, and its answer speaks to its question."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -72,7 +71,11 @@ def stuck(cluster: InProcessCluster, slot: str) -> Iterator[None]:
     """A worker that lives and computes nothing for a ``with`` block."""
     worker, go_on = cluster.workers[slot].worker, threading.Event()
     assert worker is not None
-    worker.inbox.post(Finished(lambda: go_on.wait(PATIENCE_S) and None))
+
+    def compute_nothing() -> None:
+        go_on.wait(PATIENCE_S)
+
+    worker.inbox.post(Finished(compute_nothing))
     try:
         yield
     finally:
@@ -129,7 +132,9 @@ def test_every_question_has_its_answer(scene: Scene, number: str) -> None:
     by_redis, by_lemix = QUESTIONS[number]
     asked = [words(scene, line)[1:] for line in lines if line.startswith("redis-cli")]
     assert_shows(by_redis, "".join(lemix(scene, "redis", *arguments) for arguments in asked))
-    assert_shows(by_lemix, "".join(lemix(scene, *words(scene, line)[1:]) for line in lines if line.startswith("lemix")))
+    assert_shows(
+        by_lemix, "".join(lemix(scene, *words(scene, line)[1:]) for line in lines if line.startswith("lemix"))
+    )
     if shutil.which("redis-cli"):
         shown = "".join(redis_cli(scene, *arguments) for arguments in asked)
         assert_shows(by_redis.replace(r"\(integer\) ", r"(?:\(integer\) )?"), shown.replace('"', ""))

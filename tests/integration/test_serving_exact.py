@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from clusters import InProcessCluster, fresh_broker, in_process_cluster
@@ -20,7 +21,7 @@ from lemix_common.sampling import GREEDY, Sampling
 from lemix_common.server import RunningBroker
 from lemix_common.settings import ClusterSettings
 from lemix_stage_worker import serving
-from lemix_stage_worker.model.sampling import Choice
+from lemix_stage_worker.model.sampling import Choice, choose_token
 from numerics.subjects import GENERATED, REAL_MODELS, TRAINED, random_tensors, write_model
 from references import assert_tokens_equal, score_whole, whole_model, write_number_tokenizer
 
@@ -224,20 +225,19 @@ def test_submitting_an_id_again_is_no_second_item(small: Served) -> None:
     }
 
 
-def test_an_item_that_cannot_be_computed_fails_alone(
-    small: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_item_that_cannot_be_computed_fails_alone(small: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error in the last stage's compute ends that item with its reason; the worker and other items go on."""
-    chosen = serving.choose_token
 
-    def choose(logits_V: object, sampling: Sampling, *, position: int) -> Choice:
+    def choose(logits_V: Tensor, sampling: Sampling, *, position: int) -> Choice:
         if sampling.seed == 13:
             raise FloatingPointError("no such luck")
-        return chosen(logits_V, sampling, position=position)  # type: ignore[arg-type]
+        return choose_token(logits_V, sampling, position=position)
 
     monkeypatch.setattr(serving, "choose_token", choose)
     unlucky = small.client.submit(GenerateItem([1], 5, sampling=Sampling(temperature=1.0, seed=13)))
-    lucky = small.client.submit(GenerateItem([1], 5, sampling=Sampling(temperature=1.0, seed=12), ignore_eos=True))
+    lucky = small.client.submit(
+        GenerateItem([1], 5, sampling=Sampling(temperature=1.0, seed=12), ignore_eos=True)
+    )
     with pytest.raises(ItemFailed, match="no such luck"):
         unlucky.result(ANSWER_S)
     assert len(lucky.result(ANSWER_S).tokens) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def everything(broker: Broker) -> dict[str, object]:
         "zset": lambda key: client.zrange(key, 0, -1, withscores=True),
         "stream": lambda key: (client.xrange(key), _pending(client, key)),
     }
-    keys = set(client.keys("*")) - {broker.keys.control, broker.keys.leader}
+    keys = set(client.keys(f"{broker.keys.prefix}*")) - {broker.keys.control, broker.keys.leader}
     return {key: read[client.type(key)](key) for key in keys}
 
 
@@ -538,7 +539,13 @@ def test_a_replay_commits_nothing_twice(store: Store) -> None:
     committed = store.broker.hash(store.broker.keys.step(MAIN_RUN, 1))
     state = store.training.state()
     store.versions.load_training(
-        store.leader, run=MAIN_RUN, step=0, directory="", nodes=[0], epochs=[epoch], seen_attempt=state.attempt
+        store.leader,
+        run=MAIN_RUN,
+        step=0,
+        directory="",
+        nodes=[0],
+        epochs=[epoch],
+        seen_attempt=state.attempt,
     )
     assert "training:0" not in store.cluster.nodes(1)[0]
     attempt = store.begin(1, epoch)
@@ -583,12 +590,12 @@ def test_every_call_of_a_publish_may_be_repeated(store: Store) -> None:
     directory = versions.operation("p")["directory"]
     store.unchanged_by(lambda: versions.shard_written("p", 0, "/r/another-try", {}))
     for stage in range(STAGES):
-        store.twice(lambda stage=stage: versions.shard_written("p", stage, directory, {"stage": stage}))
+        store.twice(partial(versions.shard_written, "p", stage, directory, {"stage": stage}))
     store.broker.clock = _Stopped()
     store.twice(lambda: versions.prepare("p", "/r/0.1", "abc"))
     assert versions.publish("p") == "waiting"
     for stage in range(STAGES):
-        store.twice(lambda stage=stage: versions.prepared("0.1", node=0, stage=stage, epoch=epoch))
+        store.twice(partial(versions.prepared, "0.1", node=0, stage=stage, epoch=epoch))
     assert store.twice(lambda: versions.publish("p")) == "ok"
     assert versions.live() == {"served": "0.1", "draining": "0.0"}
     assert store.news() == ["t1 done", "t2 done"]
@@ -612,6 +619,18 @@ def test_a_version_in_use_is_not_retired(store: Store) -> None:
     assert store.start("b").version == "0.1"
     store.broker.call_many([store.items.complete(again, 0, {})])
     assert store.versions.retire(store.leader) == ("0.0", "")
+
+
+def test_a_version_published_again_stays_served(store: Store) -> None:
+    """A second operation for the same step, opened by a leader that had not seen the first one end, retires nothing."""
+    store.place()
+    store.commit(1, "t1", "t2")
+    store.publish("p1")
+    assert store.versions.retire(store.leader) == ("0.0", "")
+    store.publish("p2")
+    assert store.versions.live() == {"served": "0.1"}
+    assert store.versions.retire(store.leader) is None
+    assert store.versions.in_progress() == {}
 
 
 def test_a_snapshot_that_lost_a_writer_begins_again(store: Store) -> None:
@@ -645,7 +664,7 @@ def test_a_checkpoint_never_goes_back(store: Store) -> None:
 # ------------------------------------------------------------------------------------------------------ what remains
 FIXED = (
     "cluster settings model tokenizer leader leader_epoch control totals workers placement_epoch node:0 node:0:work "
-    "submissions run:main run:main:examples run:main:ready versions events"
+    "submissions run:main run:main:examples run:main:ready versions versions:log events"
 ).split()
 
 
@@ -674,13 +693,15 @@ def test_only_fixed_keys_remain(broker: Broker) -> None:
     served = store.versions.live()["served"]
     own = {broker.keys.prefix + name for name in FIXED}
     own |= {broker.keys.worker("scripted"), broker.keys.alive("scripted"), broker.keys.version(served)}
-    assert {key for key in client.keys("*") if client.ttl(key) < 0} <= own
+    assert {key for key in client.keys(f"{broker.keys.prefix}*") if client.ttl(key) < 0} <= own
     wait_until(
         lambda: not [key for key in client.keys("*") if "item:" in key or "replies:" in key],
         what="results have expired",
         timeout_s=5.0,
     )
-    assert [client.xlen(broker.keys.prefix + name) for name in ("submissions", "node:0:work", "run:main:examples")] == [
+    assert [
+        client.xlen(broker.keys.prefix + name) for name in ("submissions", "node:0:work", "run:main:examples")
+    ] == [
         0,
         0,
         0,

@@ -234,13 +234,12 @@ def test_stages_that_share_a_worker_change_nothing(
     """Both nodes' stages on fewer workers, where neighbours and twins are the same process: the same bits."""
     subject = subject_of("gpt2", 10)
     alone = train(server, subject, tmp_path / "alone", nodes=1, stages=1, virtual_shards=2)
-    shared = train(
-        server, subject, tmp_path / "shared", nodes=2, stages=2, workers=workers, virtual_shards=2
-    )
+    shared = train(server, subject, tmp_path / "shared", nodes=2, stages=2, workers=workers, virtual_shards=2)
     assert set(shared.fingerprints) == set(alone.fingerprints)
 
 
 # ------------------------------------------------------------------------------------------------- the whole claim
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)

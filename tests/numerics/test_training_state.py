@@ -96,9 +96,7 @@ def test_a_checkpoint_goes_on_to_the_bit(subject: Subject, optimizer: str) -> No
     assert bool(moments) == (optimizer == "adamw")
     loaded = TrainingState(shell, 2, moments, owns_weights=True)
     assert_equal(loaded.snapshot(optimizer=True), saved)
-    assert_equal(
-        run(loaded, range(3, 5), optimizer).snapshot(optimizer=True), state.snapshot(optimizer=True)
-    )
+    assert_equal(run(loaded, range(3, 5), optimizer).snapshot(optimizer=True), state.snapshot(optimizer=True))
 
 
 def test_training_leaves_the_served_version_as_it_is(subject: Subject) -> None:
@@ -121,7 +119,9 @@ def test_a_tied_embedding_is_stepped_once(subject: Subject) -> None:
     leaves = state.model.leaves()
     embedding, head = leaves[subject.source.embedding_name], leaves["lm_head.weight"]
     assert embedding.data_ptr() == head.data_ptr()
-    expected = subject.source.read([subject.source.embedding_name])[subject.source.embedding_name].requires_grad_()
+    expected = subject.source.read([subject.source.embedding_name])[
+        subject.source.embedding_name
+    ].requires_grad_()
     optimizer = torch.optim.AdamW([expected], lr=1e-2, weight_decay=0.1)
     for step in range(1, 3):
         expected.grad = gradients_for(state, step)[subject.source.embedding_name]

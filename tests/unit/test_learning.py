@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002 - the surroundings take what they are given
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +23,7 @@ PLANNED = PlannedStep(
     weight_decay=0.0,
     seed=0,
 )
-RUN_STEP = RunStep(
-    run="main", step=5, attempt=3, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,)
-)
+RUN_STEP = RunStep(run="main", step=5, attempt=3, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,))
 COMMITTED = StepCommitted(run="main", step=5, attempt=3, replay=0, scale=1.0)
 
 
@@ -152,7 +151,9 @@ def test_a_committed_step_is_applied_though_the_next_attempt_has_begun() -> None
     """The next step's notice may come before the optimizer has run."""
     learner, around = learner_with_gradients()
     learner.step_committed(COMMITTED)
-    learner.run_step(RunStep(run="main", step=6, attempt=4, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,)))
+    learner.run_step(
+        RunStep(run="main", step=6, attempt=4, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,))
+    )
     around.run_all()
     assert step_of(learner) == 5
     assert learner.attempt is not None
@@ -162,7 +163,9 @@ def test_a_committed_step_is_applied_though_the_next_attempt_has_begun() -> None
 def test_gradients_of_an_attempt_that_was_replaced_are_never_applied() -> None:
     """Its commit can't come any more; should its notice be late, nothing happens."""
     learner, around = learner_with_gradients()
-    learner.run_step(RunStep(run="main", step=5, attempt=4, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,)))
+    learner.run_step(
+        RunStep(run="main", step=5, attempt=4, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,))
+    )
     learner.step_committed(COMMITTED)
     around.run_all()
     assert step_of(learner) == 4

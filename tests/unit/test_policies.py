@@ -43,7 +43,8 @@ def test_separate_always_leaves_a_node_for_each(nodes: int, share: float, traini
 def test_random_is_fixed_by_the_seed() -> None:
     """The same items go to the same nodes again; another seed deals otherwise."""
     deals = {
-        seed: [place_item(settings_of("random", seed=seed), [0, 1, 2, 3], k) for k in range(50)] for seed in (0, 1)
+        seed: [place_item(settings_of("random", seed=seed), [0, 1, 2, 3], k) for k in range(50)]
+        for seed in (0, 1)
     }
     assert deals[0] == [place_item(settings_of("random", seed=0), [0, 1, 2, 3], k) for k in range(50)]
     assert deals[0] != deals[1]

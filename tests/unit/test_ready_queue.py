@@ -18,7 +18,14 @@ def task(item: str, urgency: Urgency, ran: list[str] | None = None, pieces: int 
             yield
 
     return Task(
-        urgency=urgency, node=0, stage=0, item=item, version="0.0", ready_at=0.0, run=run, failed=lambda _: None
+        urgency=urgency,
+        node=0,
+        stage=0,
+        item=item,
+        version="0.0",
+        ready_at=0.0,
+        run=run,
+        failed=lambda _: None,
     )
 
 

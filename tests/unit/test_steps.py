@@ -18,7 +18,9 @@ def queue(count: int, first: int = 0) -> list[QueuedExample]:
     ]
 
 
-def plan_all(count: int, batches: list[int], flush_at: int, settings: ClusterSettings) -> list[tuple[str, ...]]:
+def plan_all(
+    count: int, batches: list[int], flush_at: int, settings: ClusterSettings
+) -> list[tuple[str, ...]]:
     """Plan as a coordinator does that sees the examples arrive in batches, the flush with those before it."""
     everything, steps, planned = queue(count), list[tuple[str, ...]](), 0
     seen = 0

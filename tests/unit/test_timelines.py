@@ -64,19 +64,19 @@ def test_a_window_without_work_is_refused(start: float | None, end: float | None
 
 
 @pytest.mark.parametrize(
-    ("seconds", "length_s"), [(0.004, 0.2), (0.012, 0.5), (0.03, 1.0), (0.05, 2.0), (5.0, LONGEST_WINDOW_S)]
+    ("seconds", "length_s"), [(0.004, 0.2), (0.006, 0.3), (0.031, 1.0), (0.085, 5.0), (5.0, LONGEST_WINDOW_S)]
 )
 def test_boxes_are_wide_enough_to_tell_apart(seconds: float, length_s: float) -> None:
-    """The longer the pieces, the longer the window: 1, 2 or 5 times a power of ten."""
+    """The longer the pieces, the longer the window: a digit times a power of ten."""
     assert window_length([work(number * 6, seconds) for number in range(100)]) == pytest.approx(length_s)
 
 
 def test_small_pieces_do_not_shrink_the_window() -> None:
     """What counts is where the time goes, not how many pieces there are."""
-    pieces = [work(number, 0.05) for number in range(100)] + [
+    pieces = [work(number, 0.051) for number in range(100)] + [
         work(number + 0.5, 0.0001) for number in range(100)
     ]
-    assert window_length(pieces) == pytest.approx(2.0)
+    assert window_length(pieces) == pytest.approx(3.0)
 
 
 def test_a_short_run_is_shown_whole() -> None:
@@ -92,6 +92,13 @@ def test_the_window_that_is_chosen_has_much_of_everything() -> None:
     assert start <= 61.3
     assert end >= 61.7
     assert (end - start, start % 1) == (4.0, 0.0)
+
+
+def test_idleness_is_seen_too_but_does_not_decide() -> None:
+    """Among windows full of work the one at whose end a stage waits; not the one in which it only waits."""
+    busy = [work(second / 10, 0.1) for second in range(600)]
+    waiting = [work(60.0, 40.0, category="idle_serving")]
+    assert interesting_window([*busy, *waiting, work(100.0, 0.1)], 4.0) == (56.5, 60.5)
 
 
 def test_the_first_of_equal_windows_is_chosen() -> None:

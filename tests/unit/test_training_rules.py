@@ -71,7 +71,9 @@ def test_an_attempt_at_a_step_that_its_member_has_already_is_none() -> None:
     run = run_of(
         planned=6, committed=5, attempt=3, attempt_step=5, concluded=2, members=[0], epochs=[2], checkpoint=3
     )
-    assert list(train(view_of([node_of(0, 5, epoch=2)], run))) == [StartStep(6, (0,), (2,), "another attempt")]
+    assert list(train(view_of([node_of(0, 5, epoch=2)], run))) == [
+        StartStep(6, (0,), (2,), "another attempt")
+    ]
     assert list(train(view_of([node_of(0, 4, epoch=2)], run))) == []
 
 
@@ -79,7 +81,9 @@ def test_a_node_without_the_state_gets_it_from_a_living_one() -> None:
     """First a checkpoint of the committed step, written by whoever has each stage; then the node loads it."""
     nodes = [node_of(0, 4, 4), node_of(1, 4, None, epoch=3)]
     view = view_of(nodes, run_of(planned=6, committed=4, checkpoint=2))
-    assert list(train(view)) == [OpenSnapshot("checkpoint", (0, 0), (1, 1), "a node needs the training state")]
+    assert list(train(view)) == [
+        OpenSnapshot("checkpoint", (0, 0), (1, 1), "a node needs the training state")
+    ]
     writing = view_of(
         nodes,
         run_of(planned=6, committed=4, checkpoint=2),
@@ -134,7 +138,9 @@ def test_a_node_lost_while_it_loads_is_not_waited_for() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.one_of(st.none(), st.integers(0, 5)), st.one_of(st.none(), st.integers(0, 5)), st.booleans()),
+        st.tuples(
+            st.one_of(st.none(), st.integers(0, 5)), st.one_of(st.none(), st.integers(0, 5)), st.booleans()
+        ),
         min_size=1,
         max_size=3,
     ),
@@ -144,7 +150,7 @@ def test_a_node_lost_while_it_loads_is_not_waited_for() -> None:
 def test_there_is_always_a_way_on(
     steps: list[tuple[int | None, int | None, bool]], committed: int, checkpoint: int
 ) -> None:
-    """Whatever states the stages are in: with a ready node exactly one thing happens next, and only ready nodes do it."""
+    """Whatever states the stages are in: with a ready node exactly one thing happens next, on ready nodes only."""
     checkpoint = min(checkpoint, committed)
     nodes = [
         node_of(index, *(None if step is None else min(step, committed) for step in (a, b)), ready=ready)

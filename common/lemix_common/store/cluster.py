@@ -30,7 +30,7 @@ local function differs(key, wanted)
   end
   return redis.call('HLEN', key) ~= fields
 end
-if differs(K.settings, settings) or differs(K.model, model) then
+if redis.call('EXISTS', K.settings) == 1 and (differs(K.settings, settings) or differs(K.model, model)) then
   for _, worker in ipairs(redis.call('SMEMBERS', K.workers)) do
     redis.call('DEL', K.worker(worker), K.alive(worker))
   end

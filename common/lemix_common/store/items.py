@@ -141,10 +141,10 @@ _REDISPATCH = Lua(
     + _END
     + DEAD_LETTER
     + """
-local node, entry, item, target, reason, now = unpack(ARGV, 2, 7)
+local node, entry, item, seen_attempt, target, reason, now = unpack(ARGV, 2, 8)
 close_entry(node, entry)
-local state, deliveries, at = unpack(redis.call('HMGET', K.item(item), 'state', 'deliveries', 'node'))
-if (state ~= 'dispatched' and state ~= 'running') or at ~= node then return {'stale'} end
+local state, deliveries, current = unpack(redis.call('HMGET', K.item(item), 'state', 'deliveries', 'attempt'))
+if (state ~= 'dispatched' and state ~= 'running') or current ~= seen_attempt then return {'stale'} end
 if tonumber(deliveries or '0') >= tonumber(redis.call('HGET', K.settings, 'max_deliveries')) then
   local why = 'given up after ' .. deliveries .. ' deliveries: ' .. reason
   end_item(item, 'failed', now, 'reason', why, 'dead_lettered', '1')
@@ -368,7 +368,8 @@ class Items:
     ) -> Call:
         """The call that takes an item from a lost node to another (or back to the queue), or gives it up."""
         to = "" if target is None else target
-        return _REDISPATCH, (leader_epoch, node, entry.id, entry.fields["item"], to, reason, self._now())
+        item, attempt = entry.fields["item"], entry.fields["attempt"]
+        return _REDISPATCH, (leader_epoch, node, entry.id, item, attempt, to, reason, self._now())
 
     def submitted(self, consumer: str, *, count: int, pending: bool) -> list[Entry]:
         """New submissions, or (``pending``) those read earlier and not dispatched."""

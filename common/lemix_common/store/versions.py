@@ -110,7 +110,8 @@ if state ~= 'writing' then return {'stale'} end
 redis.call('HSET', K.operation(id), 'state', 'sealed', 'directory', directory, 'sha256', sha256)
 redis.call('SREM', K.operations, id)
 redis.call('EXPIRE', K.operation(id), 3600)
-if kind == 'checkpoint' then
+local newest = tonumber(redis.call('HGET', K.run(run), 'checkpoint') or '0')
+if kind == 'checkpoint' and (tonumber(step) >= newest) then
   redis.call('HSET', K.run(run), 'checkpoint', step, 'checkpoint_directory', directory, 'checkpoint_sha256', sha256)
 end
 notice('OperationAdvanced', 'operation', id, 'state', 'sealed')
@@ -168,6 +169,13 @@ for n = 0, nodes - 1 do
 end
 if able == 0 then return {'waiting'} end
 local old = redis.call('HGET', K.versions, 'served')
+if old == version then -- published by another operation: it must not become the one that is retired
+  redis.call('HDEL', K.versions, 'preparing')
+  redis.call('HSET', K.operation(id), 'state', 'published')
+  redis.call('SREM', K.operations, id)
+  redis.call('EXPIRE', K.operation(id), 3600)
+  return {'ok'}
+end
 redis.call('HSET', K.versions, 'served', version, 'draining', old)
 redis.call('HDEL', K.versions, 'preparing')
 redis.call('HSET', K.version(version), 'published_at', now)

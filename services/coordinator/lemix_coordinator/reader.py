@@ -31,9 +31,11 @@ class Reader:
         """The cluster now. Heartbeats aren't trusted right after a start or an outage of the broker.
 
         Run, nodes and versions are read at one moment: a commit between them would look like a node that fell behind.
+        Operations are read before them: one that ends in between is taken for open, not for one that is still due.
         """
         broker = self.cluster.broker
         keys = broker.keys
+        operations = self.versions.in_progress()
         state, run, live, in_flight, *node_fields = broker.hashes(
             [
                 keys.cluster_state,
@@ -59,7 +61,7 @@ class Reader:
             draining_in_flight=int(in_flight.get(draining, 0)),
             operations=tuple(
                 operation_view(name, fields, preparing, nodes)
-                for name, fields in self.versions.in_progress().items()
+                for name, fields in operations.items()
                 if fields.get("run") == MAIN_RUN
             ),
             empty_for_s={position: now - since for position, since in self._empty_since.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import os
 import signal
@@ -71,6 +72,8 @@ def main() -> None:
     except LemixError as error:
         log.error("worker_ended", reason=str(error))
         sys.exit(2 if isinstance(error, BadInput) else 1)
+    finally:
+        gc.freeze()  # else Python's exit looks through all of torch's objects: 0.9 s of a core
     log.info("stopped")
 
 

@@ -32,7 +32,6 @@ from lemix_stage_worker.hosted_stage import HostedStage
 from lemix_stage_worker.layer_passes import HeadPass, LayerPass
 from lemix_stage_worker.model.scoring import NO_TARGET
 from lemix_stage_worker.ready_queue import Task, Urgency
-from lemix_stage_worker.training_state import TrainingState
 
 log = structlog.get_logger()
 
@@ -158,8 +157,17 @@ class Learner:
 
         def run() -> Iterator[None]:
             yield from state.apply(total, planned, scale=notice.scale)
+            log.info(
+                "optimizer_stepped",
+                run=notice.run,
+                step=notice.step,
+                node=self.host.node,
+                stage=self.host.stage,
+            )
             self.attempt = None if self.attempt is attempt else self.attempt
-            if epoch != self.host.epoch and self.host.training is state:  # the commit spoke of another placement
+            if (
+                epoch != self.host.epoch and self.host.training is state
+            ):  # the commit spoke of another placement
                 self.around.training_at(self.host, state.step)
             self._write_snapshots()
             self._go_on()
@@ -180,11 +188,6 @@ class Learner:
         self._drop_graphs()
         self.attempt, self.host.training = None, None
         return True
-
-    def loaded(self, state: TrainingState) -> None:
-        """The state is here."""
-        self.host.training = state
-        self.around.training_at(self.host, state.step)
 
     # ---- frames
     def frame(

@@ -51,7 +51,7 @@ def worker_samples(worker: Worker) -> Iterator[Sample]:
     yield Sample(metrics.OUTAGES, worker.broker.outages)
     yield Sample(metrics.READY_STEPS, len(worker.ready))
     yield Sample(metrics.LONGEST_STEP, worker.longest_step_s)
-    hosts = list(worker.hosts.values())
+    hosts = list(worker.hosting.stages.values())
     for host in hosts:
         yield Sample(metrics.STAGE_READY, host.is_ready, (host.node, host.stage))
         yield Sample(metrics.STAGE_WEIGHTS, host.memory_bytes, (host.node, host.stage))

@@ -6,7 +6,7 @@ stage 0, which gives the token to the client and sends the next one. One version
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -89,7 +89,7 @@ class Serving:
             )
             self._forward(host, request, ids, 0, wants="scores", targets=targets)
         elif request.finish_reason is not None:  # the attempt before died between its last token and its end
-            self._complete(host, request)
+            self._generated(host, request)
         else:
             self._forward(host, request, [*started.prompt, *request.tokens], 0, wants="token")
 
@@ -105,7 +105,7 @@ class Serving:
             self.items.append_tokens(started.item, started.attempt, index, [frame.token]), started, host.node
         )
         if request.finish_reason is not None:
-            self._complete(host, request)
+            self._generated(host, request)
         else:
             self._forward(host, request, [frame.token], frame.position, wants="token")
 
@@ -115,17 +115,13 @@ class Serving:
         if request is None:
             return
         logprobs = [round(value, 7) for value in logprobs_T.tolist()]
-        result = {"loss": -sum(logprobs) / len(logprobs), "logprobs": logprobs}
-        self.around.report(
-            self.items.complete(request.started, host.node, result), request.started, host.node
-        )
-        self.drop(host, frame.item)
+        self._complete(host, request, {"loss": -sum(logprobs) / len(logprobs), "logprobs": logprobs})
 
     def fail(self, host: HostedStage, item: str, attempt: int, reason: str) -> None:
         """End an item that can't be computed."""
         request = self._current(host, item, attempt)
         if request is not None:
-            log.warning("item_failed", item=item, node=host.node, reason=reason)
+            log.warning("item_failed", **_names(host, request), reason=reason)
             self.around.report(
                 self.items.fail(request.started, host.node, reason), request.started, host.node
             )
@@ -153,8 +149,11 @@ class Serving:
         for key in [key for key in self.requests if key[0] == node]:
             self.around.ended(node, self.requests.pop(key).started.entry)
 
-    def _complete(self, host: HostedStage, request: Request) -> None:
-        result = {"tokens": request.tokens, "finish_reason": request.finish_reason}
+    def _generated(self, host: HostedStage, request: Request) -> None:
+        self._complete(host, request, {"tokens": request.tokens, "finish_reason": request.finish_reason})
+
+    def _complete(self, host: HostedStage, request: Request, result: Mapping[str, object]) -> None:
+        log.info("item_done", **_names(host, request), tokens=len(request.tokens))
         self.around.report(
             self.items.complete(request.started, host.node, result), request.started, host.node
         )
@@ -290,6 +289,19 @@ def _request(started: StartedItem, stop_ids: Sequence[int]) -> Request:
             seed=int(fields.get("seed") or 0),
         ),
     )
+
+
+def _names(host: HostedStage, request: Request) -> dict[str, object]:
+    """What a log line says of an item."""
+    started = request.started
+    return {
+        "item": started.item,
+        "kind": started.kind,
+        "attempt": started.attempt,
+        "node": host.node,
+        "stage": host.stage,
+        "version": started.version,
+    }
 
 
 def _nothing() -> None:

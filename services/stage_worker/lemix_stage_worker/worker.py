@@ -13,16 +13,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import structlog
 from torch import Tensor
 
 from lemix_common.broker import Broker
-from lemix_common.errors import BadFrame, ClusterError, LemixError, ModelError
+from lemix_common.errors import BadFrame
 from lemix_common.fields import from_fields
 from lemix_common.messages import (
     AddShardGradients,
@@ -49,17 +47,11 @@ from lemix_common.messages import (
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import Call, Items, StartedItem
-from lemix_common.store.training import GradientReport, Training
+from lemix_common.store.training import GradientReport, PlannedStep, Training
 from lemix_common.store.versions import Versions
-from lemix_stage_worker.hosted_stage import (
-    BASE_DIRECTORY,
-    HostedStage,
-    Neighbourhood,
-    build_template,
-    load_training,
-    load_version,
-    training_on,
-)
+from lemix_stage_worker.background import Background
+from lemix_stage_worker.hosted_stage import HostedStage
+from lemix_stage_worker.hosting import Hosting, Position
 from lemix_stage_worker.inbox import (
     Arrival,
     Finished,
@@ -70,22 +62,17 @@ from lemix_stage_worker.inbox import (
     NoticeRead,
     PeerGone,
 )
-from lemix_stage_worker.learning import Learner
+from lemix_stage_worker.learning import Example, Learner
 from lemix_stage_worker.links import Links
-from lemix_stage_worker.memory import peak_rss_bytes
 from lemix_stage_worker.model.source import ModelSource
-from lemix_stage_worker.puller import Puller
 from lemix_stage_worker.ready_queue import CATEGORY, ReadyQueue, Step, Task
 from lemix_stage_worker.reporter import Reporter, Span
 from lemix_stage_worker.serving import Serving
 from lemix_stage_worker.shard_files import write_shard
 
 log = structlog.get_logger()
-T = TypeVar("T")
 
 IDLE_WAIT_S = 0.5
-Position = tuple[int, int]
-"""(node, stage)."""
 
 
 @dataclass
@@ -105,26 +92,29 @@ class Worker:
     busy_since: float | None = None
     """Monotonic time at which the step in progress began."""
     longest_step_s: float = 0.0
-    hosts: dict[Position, HostedStage] = field(default_factory=dict)
     learners: dict[Position, Learner] = field(default_factory=dict)
-    neighbours: dict[int, Neighbourhood] = field(default_factory=dict)
-    """Of every node, as last read."""
-    pullers: dict[int, Puller] = field(default_factory=dict)
     ready: ReadyQueue = field(default_factory=ReadyQueue)
     _held: list[FrameArrived] = field(default_factory=list)
     """Frames of a placement this worker hasn't taken up yet."""
-    _background: ThreadPoolExecutor = field(
-        default_factory=lambda: ThreadPoolExecutor(max_workers=1, thread_name_prefix="background")
-    )
-    _building: set[Position] = field(default_factory=set)
     _last_training: tuple[float, float] = (0.0, 0.0)
-    _failure: Exception | None = None
 
     def __post_init__(self) -> None:
         self.now = self.broker.clock.now
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
         self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
         self.serving = Serving(self.items, self, self.now)
+        self.background = Background(self.inbox)
+        self.hosting = Hosting(
+            name=self.name,
+            broker=self.broker,
+            settings=self.settings,
+            source=self.source,
+            layers=self.layers,
+            links=self.links,
+            inbox=self.inbox,
+            background=self.background,
+            owner=self,
+        )
         self.stop_ids = self.source.eos_ids
 
     # ---- the loop
@@ -139,15 +129,14 @@ class Worker:
         control.start()
         self.reporter.start()
         for node in range(self.settings.nodes):
-            self._read_placement(node)
+            self.hosting.read_placement(node)
         while not stop.is_set():
             self.turn(wait_s=0.0 if self.ready else IDLE_WAIT_S)
-            if self._failure is not None:
-                raise self._failure
-        for puller in self.pullers.values():
-            puller.stop()
+            if self.background.failure is not None:
+                raise self.background.failure
+        self.hosting.close()
         self.links.close()
-        self._background.shutdown(cancel_futures=True)
+        self.background.close()
         self.reporter.close()
         control.join(timeout=10.0)
 
@@ -215,20 +204,20 @@ class Worker:
             case ItemStale(node, item, attempt):
                 self._item_gone(node, item, attempt)
             case PeerGone(peer):
-                self._peer_gone(peer)
+                self.hosting.peer_gone(peer)
             case Finished(then):
                 then()
 
     # ---- frames
     def _frame(self, arrived: FrameArrived) -> None:
         frame = arrived.frame
-        host = self.hosts.get((frame.node, frame.stage))
-        known = self.neighbours.get(frame.node)
+        host = self.hosting.stages.get((frame.node, frame.stage))
+        known = self.hosting.neighbours.get(frame.node)
         if known is None or frame.epoch > known.epoch or (host is not None and frame.epoch > host.epoch):
             self._held.append(arrived)  # the notice of that placement is on its way
         elif host is None or frame.epoch < host.epoch:
             arrived.release()  # sent under an older placement
-        elif arrived.peer not in self._peers():
+        elif arrived.peer not in self.hosting.peers():
             log.warning("stranger_refused", peer=arrived.peer, frame=type(frame).__name__)
             arrived.release()
         else:
@@ -251,14 +240,6 @@ class Worker:
             case TrainForward() | TrainBackward() | AddShardGradients() | AddTiedGradient():
                 self.learners[host.node, host.stage].frame(frame, tensors, release, arrived.at)
 
-    def _release_held(self) -> None:
-        held, self._held = self._held, []
-        for arrived in held:
-            self._frame(arrived)
-
-    def _peers(self) -> set[str]:
-        return {worker for known in self.neighbours.values() for worker, _ in known.hosts}
-
     # ---- notices
     def _read_control(self, stop: threading.Event, read_until: str) -> None:
         stream = self.broker.keys.control
@@ -274,9 +255,9 @@ class Worker:
     def _notice(self, notice: Notice) -> None:
         match notice:
             case PlacementChanged(node=node):
-                self._read_placement(node)
+                self.hosting.read_placement(node)
             case StageReady(node=node):
-                self._pull_if_whole(node)
+                self.hosting.pull_if_whole(node)
             case RunStep():
                 self._each_learner(lambda learner: learner.run_step(notice))
             case StepCommitted():
@@ -284,13 +265,13 @@ class Worker:
             case WriteShards():
                 self._each_learner(lambda learner: learner.write_shards(notice))
             case LoadTraining():
-                self._each_learner(lambda learner: self._load_training(learner, notice))
+                for learner in self.learners.values():
+                    if learner.load(notice):
+                        self.hosting.load_training(learner.host, notice)
             case PrepareVersion(version=version, directory=directory):
-                for host in self.hosts.values():
-                    self._prepare(host, version, directory)
+                self.hosting.prepare(version, directory)
             case VersionRetired(version=version):
-                for host in self.hosts.values():
-                    host.versions.pop(version, None)
+                self.hosting.retire(version)
             case ItemCancelled(item=item, node=node):
                 self._item_gone(node, item, None)
             case _:
@@ -300,187 +281,9 @@ class Worker:
         for learner in list(self.learners.values()):
             act(learner)
 
-    # ---- placement
-    def _read_placement(self, node: int) -> None:
-        """Read who hosts the node now, and where they are reached, then take it up."""
-
-        def read() -> tuple[dict[str, str], dict[str, str]]:
-            fields = self.broker.hash(self.broker.keys.node(node))
-            hosts = [fields.get(f"stage:{stage}", "") for stage in range(self.settings.stages)]
-            about = self.broker.hashes(self.broker.keys.worker(worker) for worker in hosts)
-            return fields, {w: known.get("address", "") for w, known in zip(hosts, about, strict=True)}
-
-        self._in_background(read, lambda answer: self._take_placement(node, *answer))
-
-    def _take_placement(self, node: int, fields: Mapping[str, str], addresses: Mapping[str, str]) -> None:
-        epoch = int(fields.get("epoch", 0))
-        known = self.neighbours.get(node)
-        if not epoch or (known is not None and epoch <= known.epoch):
-            return
-        hosts = [fields.get(f"stage:{stage}", "") for stage in range(self.settings.stages)]
-        self.neighbours[node] = Neighbourhood(epoch, tuple((w, addresses.get(w, "")) for w in hosts))
-        self.links.forget({address for known in self.neighbours.values() for _, address in known.hosts})
-        if puller := self.pullers.pop(node, None):
-            puller.stop()
-        self.serving.drop_all(node)
-        for stage, worker in enumerate(hosts):
-            host = self.hosts.get((node, stage))
-            if worker != self.name:
-                self.hosts.pop((node, stage), None)
-                self.learners.pop((node, stage), None)
-            elif host is None and (node, stage) not in self._building:
-                self._build(node, stage, epoch)
-            elif host is None:
-                pass  # it takes the newest epoch when it is built
-            else:
-                host.epoch, host.is_ready = epoch, False
-                host.caches.clear()
-                self._report_ready(host)
-
-    def _build(self, node: int, stage: int, epoch: int) -> None:
-        def build() -> HostedStage:
-            template = build_template(self.source, stage, self.layers)
-            live = self.versions.live()
-            served = {
-                version: load_version(
-                    self.source, template, self.versions.version(version).get("directory", "")
-                )
-                for version in {live[name] for name in ("served", "draining", "preparing") if live.get(name)}
-            }
-            run = self.training.state()
-            training = None
-            if run.committed == 0 and node in self.settings.training_nodes:
-                base = served.get(f"{run.lineage}.0") or load_version(self.source, template, BASE_DIRECTORY)
-                training = training_on(base, template, 0)
-            return HostedStage(
-                node=node,
-                stage=stage,
-                stages=self.settings.stages,
-                source=self.source,
-                template=template,
-                versions=served,
-                training=training,
-                epoch=epoch,
-            )
-
-        def built(host: HostedStage) -> None:
-            self._building.discard((node, stage))
-            known = self.neighbours[node]
-            if known.hosts[stage][0] != self.name:
-                return
-            host.epoch = known.epoch
-            self.hosts[node, stage] = host
-            self.learners[node, stage] = Learner(host, self, self.now)
-            log.info(
-                "stage_built",
-                node=node,
-                stage=stage,
-                layers=str(self.layers[stage]),
-                epoch=host.epoch,
-                weight_bytes=host.template.weight_bytes,
-                peak_rss_bytes=peak_rss_bytes(),
-            )
-            self._report_ready(host)
-
-        def failed(error: Exception) -> None:
-            if isinstance(error, ModelError) and self.versions.live().get("served") != "0.0":
-                self._build(
-                    node, stage, epoch
-                )  # a version was retired while it was read: read what is live now
-                return
-            self.cluster.stage_failed(node, stage, epoch, str(error))
-            self._failure = error
-
-        self._building.add((node, stage))
-        self._in_background(build, built, failed)
-
-    def _report_ready(self, host: HostedStage) -> None:
-        """Say that the stage can serve in its epoch; versions that became live meanwhile are loaded first."""
-        epoch = host.epoch
-        step = host.training.step if host.training is not None else None
-        layers = self.layers[host.stage]
-
-        def report() -> dict[str, object]:
-            missing = self.cluster.stage_ready(
-                self.name,
-                node=host.node,
-                stage=host.stage,
-                epoch=epoch,
-                training=step,
-                versions=list(host.versions),
-                layers=(layers.start, layers.stop - 1),
-                memory_bytes=host.memory_bytes,
-            )
-            return {
-                version: load_version(
-                    self.source, host.template, self.versions.version(version).get("directory", "")
-                )
-                for version in missing
-            }
-
-        def reported(loaded: dict[str, object]) -> None:
-            host.versions.update(loaded)  # type: ignore[arg-type]
-            if host.epoch != epoch:
-                return
-            if loaded:
-                self._report_ready(host)
-                return
-            host.is_ready = True
-            if host.training is not None and host.training.step != step:  # an optimizer ran meanwhile
-                self.training_at(host, host.training.step)
-            self._release_held()
-            self._pull_if_whole(host.node)
-
-        self._in_background(report, reported, lambda error: self._try_ready_again(host, epoch, error))
-
-    def _pull_if_whole(self, node: int) -> None:
-        """Begin to pull when the node's last stage is ready: an item must not be started for a stage that is lost."""
-        host = self.hosts.get((node, 0))
-        if host is None or not host.is_ready or node in self.pullers:
-            return
-        epoch = host.epoch
-
-        def is_whole() -> bool:
-            fields = self.broker.hash(self.broker.keys.node(node))
-            return all(fields.get(f"ready:{stage}") == str(epoch) for stage in range(host.stages))
-
-        def pull(whole: bool) -> None:
-            if whole and host.epoch == epoch and node not in self.pullers:
-                puller = self.pullers[node] = Puller(
-                    self.items, self.inbox, self.name, node, epoch, self.settings.max_running
-                )
-                puller.start()
-
-        self._in_background(is_whole, pull)
-
-    def _try_ready_again(self, host: HostedStage, epoch: int, error: Exception) -> None:
-        log.warning("stage_not_ready", node=host.node, stage=host.stage, reason=str(error))
-        if host.epoch == epoch:
-            self._report_ready(host)
-
-    def _peer_gone(self, peer: str) -> None:
-        """A neighbour's connection ended: its nodes may have lost messages."""
-        for node, known in self.neighbours.items():
-            if any(worker == peer for worker, _ in known.hosts):
-                self._link_lost(node, known.epoch, peer)
-
-    def _link_lost(self, node: int, epoch: int, peer: str) -> None:
-        self._in_background(lambda: self.cluster.link_lost(node, epoch, peer), lambda _: None)
-
-    # ---- versions
-    def _prepare(self, host: HostedStage, version: str, directory: str) -> None:
-        def prepared(shell: object) -> None:
-            host.versions[version] = shell  # type: ignore[assignment]
-            self._in_background(
-                lambda: self.versions.prepared(version, node=host.node, stage=host.stage, epoch=host.epoch),
-                lambda _: None,
-            )
-
-        self._in_background(lambda: load_version(self.source, host.template, directory), prepared)
-
     # ---- items
     def _items_started(self, node: int, epoch: int, items: Sequence[StartedItem]) -> None:
-        host = self.hosts.get((node, 0))
+        host = self.hosting.stages.get((node, 0))
         if host is None or host.epoch != epoch:
             return  # their leases are of an older placement: the coordinator sends them on
         for started in items:
@@ -488,30 +291,50 @@ class Worker:
                 self.serving.begin(host, started, self.stop_ids)
             else:
                 log.error("version_missing", item=started.item, version=started.version, node=node)
-                self._link_lost(node, epoch, self.name)
+                self.hosting.link_lost(node, epoch, self.name)
 
     def _item_gone(self, node: int, item: str, attempt: int | None) -> None:
-        host, request = self.hosts.get((node, 0)), self.serving.requests.get((node, item))
+        host, request = self.hosting.stages.get((node, 0)), self.serving.requests.get((node, item))
         if host is None or request is None or attempt not in (None, request.started.attempt):
             return
         self.serving.drop(host, item)
         self.reporter.call(self.items.close_entry(node, request.started.entry))
 
+    # ---- what hosting tells
+    def node_renewed(self, node: int) -> None:
+        """Its requests are somebody else's, or come again."""
+        self.serving.drop_all(node)
+
+    def stage_built(self, host: HostedStage) -> None:
+        """It can learn from now on."""
+        self.learners[host.node, host.stage] = Learner(host, self, self.now)
+
+    def stage_gone(self, position: Position) -> None:
+        """Its steps are another worker's."""
+        self.learners.pop(position, None)
+
+    def stage_ready(self, host: HostedStage) -> None:
+        """Take the frames that came before."""
+        log.debug("stage_ready", node=host.node, stage=host.stage, epoch=host.epoch)
+        held, self._held = self._held, []
+        for arrived in held:
+            self._frame(arrived)
+
     # ---- what serving and training ask for
     def send(self, host: HostedStage, stage: int, frame: Frame, tensors: Sequence[Tensor] = ()) -> None:
         """To another stage of the host's node."""
-        worker, address = self.neighbours[host.node].hosts[stage]
+        worker, address = self.hosting.neighbours[host.node].hosts[stage]
         if not self.links.send(worker, address, frame, tensors):
-            self._link_lost(host.node, host.epoch, worker)
+            self.hosting.link_lost(host.node, host.epoch, worker)
 
     def send_to_node(self, node: int, epoch: int, frame: Frame, tensors: Sequence[Tensor]) -> None:
         """To the same stage of another node, if its placement is still the one meant."""
-        known = self.neighbours.get(node)
+        known = self.hosting.neighbours.get(node)
         if known is None or known.epoch != epoch:
             return  # the attempt is over: its member starts afresh
         worker, address = known.hosts[frame.stage]
         if not self.links.send(worker, address, frame, tensors):
-            self._link_lost(node, epoch, worker)
+            self.hosting.link_lost(node, epoch, worker)
 
     def schedule(self, task: Task) -> None:
         """Let the loop run a step when it is its turn."""
@@ -528,7 +351,7 @@ class Worker:
 
     def ended(self, node: int, entry: str) -> None:
         """An item left the node."""
-        if puller := self.pullers.get(node):
+        if puller := self.hosting.pullers.get(node):
             puller.ended(entry)
 
     def gradients_ready(self, host: HostedStage, step: int, attempt: int, report: GradientReport) -> None:
@@ -548,7 +371,7 @@ class Worker:
         learner = self.learners[host.node, host.stage]
         notice = learner.attempt.notice if learner.attempt else None
 
-        def fetch() -> tuple[object, object]:
+        def fetch() -> tuple[PlannedStep, dict[int, Example]]:
             planned = self.training.step(step)
             mine = [
                 microbatch
@@ -558,7 +381,7 @@ class Worker:
             examples = self.training.examples([planned.items[microbatch] for microbatch in mine])
             return planned, dict(zip(mine, examples, strict=True))
 
-        self._in_background(fetch, lambda answer: learner.step_fetched(attempt, *answer))  # type: ignore[arg-type]
+        self.background.do(fetch, lambda answer: learner.step_fetched(attempt, *answer))
 
     def write_shard(self, host: HostedStage, request: WriteShards, tensors: Mapping[str, Tensor]) -> None:
         """Write a snapshot and report it."""
@@ -568,46 +391,4 @@ class Worker:
             report = write_shard(directory, host.stage, tensors)
             self.versions.shard_written(request.operation, host.stage, request.directory, report)
 
-        self._in_background(write, lambda _: None)
-
-    def _load_training(self, learner: Learner, notice: LoadTraining) -> None:
-        host, epoch = learner.host, learner.host.epoch
-        if not learner.load(notice):
-            return
-
-        def loaded(state: object) -> None:
-            if host.epoch == epoch:
-                learner.loaded(state)  # type: ignore[arg-type]
-
-        self._in_background(
-            lambda: load_training(self.source, host.template, notice.directory, notice.step), loaded
-        )
-
-    # ---- background work
-    def _in_background(
-        self,
-        work: Callable[[], T],
-        then: Callable[[T], None],
-        failed: Callable[[Exception], None] | None = None,
-    ) -> None:
-        """Do files, loading and calls that are waited for off the compute loop, one after another."""
-
-        def finished(future: Future[T]) -> None:
-            if future.cancelled():
-                return
-            error = future.exception()
-            if error is None:
-                self.inbox.post(Finished(lambda: then(future.result())))
-            elif isinstance(error, (LemixError, OSError, KeyError)) and failed is not None:
-                self.inbox.post(Finished(lambda: failed(error)))
-            else:
-                self.inbox.post(Finished(lambda: self._give_up(error)))
-
-        try:
-            self._background.submit(work).add_done_callback(finished)
-        except RuntimeError as error:  # the worker is closing
-            log.debug("not_done_any_more", reason=str(error))
-
-    def _give_up(self, error: BaseException) -> None:
-        log.error("background_failed", reason=f"{type(error).__name__}: {error}")
-        self._failure = error if isinstance(error, Exception) else ClusterError(str(error))
+        self.background.do(write)

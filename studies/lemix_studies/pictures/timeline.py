@@ -24,7 +24,7 @@ Rectangle = tuple[tuple[float, float], ...]
 
 MOST_NODES = 8
 _WIDTH_IN, _ROW_IN = 12.0, 0.34
-_LEFT_IN, _RIGHT_IN, _TOP_IN, _BETWEEN_IN, _BOTTOM_IN = 0.72, 0.2, 0.82, 0.44, 0.55
+_LEFT_IN, _RIGHT_IN, _TOP_IN, _BETWEEN_IN, _BOTTOM_IN = 0.72, 0.28, 0.82, 0.44, 0.55
 _POINTS = 72 * (_WIDTH_IN - _LEFT_IN - _RIGHT_IN)
 """The width of a window on paper."""
 _HALF_HEIGHT = 0.42

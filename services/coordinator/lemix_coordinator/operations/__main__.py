@@ -78,6 +78,7 @@ def main() -> None:
     ):
         app.worker_main(
             [
+                "--quiet",  # its banner is no structured log
                 "worker",
                 "--pool=solo",
                 "--loglevel=WARNING",

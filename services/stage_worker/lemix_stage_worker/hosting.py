@@ -1,0 +1,283 @@
+"""The stages this worker hosts: taken up as the placement says, built, made ready, and given new versions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import structlog
+
+from lemix_common.broker import Broker
+from lemix_common.errors import ModelError
+from lemix_common.messages import LoadTraining
+from lemix_common.settings import ClusterSettings
+from lemix_common.store.cluster import MAIN_RUN, Cluster
+from lemix_common.store.items import Items
+from lemix_common.store.training import Training
+from lemix_common.store.versions import Versions
+from lemix_stage_worker.background import Background
+from lemix_stage_worker.hosted_stage import (
+    BASE_DIRECTORY,
+    HostedStage,
+    Neighbourhood,
+    build_template,
+    load_training,
+    load_version,
+    training_on,
+)
+from lemix_stage_worker.inbox import Inbox
+from lemix_stage_worker.links import Links
+from lemix_stage_worker.memory import peak_rss_bytes
+from lemix_stage_worker.model.source import ModelSource
+from lemix_stage_worker.model.stage import StageModel
+from lemix_stage_worker.puller import Puller
+from lemix_stage_worker.training_state import TrainingState
+
+log = structlog.get_logger()
+
+Position = tuple[int, int]
+"""(node, stage)."""
+
+
+class Owner(Protocol):
+    """Who computes on the hosted stages."""
+
+    def node_renewed(self, node: int) -> None:
+        """A node starts afresh: nothing of its earlier epoch counts any more."""
+
+    def stage_built(self, host: HostedStage) -> None:
+        """A stage is here, not yet ready."""
+
+    def stage_gone(self, position: Position) -> None:
+        """A stage is another worker's now."""
+
+    def stage_ready(self, host: HostedStage) -> None:
+        """A stage is ready in its epoch: frames of that epoch can be taken."""
+
+    def training_at(self, host: HostedStage, step: int) -> None:
+        """A stage's training state moved on while its readiness was reported."""
+
+
+@dataclass
+class Hosting:
+    """Owned by the compute loop; whatever takes long is done in the background."""
+
+    name: str
+    broker: Broker
+    settings: ClusterSettings
+    source: ModelSource
+    layers: tuple[range, ...]
+    links: Links
+    inbox: Inbox
+    background: Background
+    owner: Owner
+    stages: dict[Position, HostedStage] = field(default_factory=dict)
+    neighbours: dict[int, Neighbourhood] = field(default_factory=dict)
+    """Of every node, as last read."""
+    pullers: dict[int, Puller] = field(default_factory=dict)
+    _building: set[Position] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.cluster, self.items = Cluster(self.broker), Items(self.broker)
+        self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
+
+    # ---- placement
+    def read_placement(self, node: int) -> None:
+        """Read who hosts the node now, and where they are reached, then take it up."""
+
+        def read() -> tuple[dict[str, str], dict[str, str]]:
+            fields = self.broker.hash(self.broker.keys.node(node))
+            hosts = [fields.get(f"stage:{stage}", "") for stage in range(self.settings.stages)]
+            about = self.broker.hashes(self.broker.keys.worker(worker) for worker in hosts)
+            return fields, {w: known.get("address", "") for w, known in zip(hosts, about, strict=True)}
+
+        self.background.do(read, lambda answer: self._take_placement(node, *answer))
+
+    def peers(self) -> set[str]:
+        """The workers that the placement names."""
+        return {worker for known in self.neighbours.values() for worker, _ in known.hosts}
+
+    def peer_gone(self, peer: str) -> None:
+        """A neighbour's connection ended: its nodes may have lost messages."""
+        for node, known in self.neighbours.items():
+            if any(worker == peer for worker, _ in known.hosts):
+                self.link_lost(node, known.epoch, peer)
+
+    def link_lost(self, node: int, epoch: int, peer: str) -> None:
+        """Have a node start afresh, unless it has done so since ``epoch``."""
+        self.background.do(lambda: self.cluster.link_lost(node, epoch, peer))
+
+    def close(self) -> None:
+        """Pull no more."""
+        for puller in self.pullers.values():
+            puller.stop()
+
+    def _take_placement(self, node: int, fields: Mapping[str, str], addresses: Mapping[str, str]) -> None:
+        epoch = int(fields.get("epoch", 0))
+        known = self.neighbours.get(node)
+        if not epoch or (known is not None and epoch <= known.epoch):
+            return
+        hosts = [fields.get(f"stage:{stage}", "") for stage in range(self.settings.stages)]
+        self.neighbours[node] = Neighbourhood(epoch, tuple((w, addresses.get(w, "")) for w in hosts))
+        self.links.forget({address for known in self.neighbours.values() for _, address in known.hosts})
+        if puller := self.pullers.pop(node, None):
+            puller.stop()
+        self.owner.node_renewed(node)
+        for stage, worker in enumerate(hosts):
+            position = (node, stage)
+            host = self.stages.get(position)
+            if worker != self.name:
+                self.stages.pop(position, None)
+                self.owner.stage_gone(position)
+            elif host is not None:
+                host.epoch, host.is_ready = epoch, False
+                host.caches.clear()
+                self._report_ready(host)
+            elif position not in self._building:  # what is being built takes the newest epoch at its end
+                self._build(node, stage)
+
+    # ---- a stage's beginning
+    def _build(self, node: int, stage: int) -> None:
+        def built(host: HostedStage) -> None:
+            self._building.discard((node, stage))
+            known = self.neighbours[node]
+            if known.hosts[stage][0] != self.name:
+                return
+            host.epoch = known.epoch
+            self.stages[node, stage] = host
+            self.owner.stage_built(host)
+            log.info(
+                "stage_built",
+                node=node,
+                stage=stage,
+                layers=str(self.layers[stage]),
+                epoch=host.epoch,
+                weight_bytes=host.template.weight_bytes,
+                peak_rss_bytes=peak_rss_bytes(),
+            )
+            self._report_ready(host)
+
+        def failed(error: Exception) -> None:
+            if isinstance(error, ModelError) and self.versions.live().get("served") != "0.0":
+                self._build(node, stage)  # a version was retired while it was read: read what is live now
+                return
+            self.cluster.stage_failed(node, stage, self.neighbours[node].epoch, str(error))
+            self.background.failure = error
+
+        self._building.add((node, stage))
+        self.background.do(lambda: self._load_stage(node, stage), built, failed)
+
+    def _load_stage(self, node: int, stage: int) -> HostedStage:
+        """A stage with every live version, and the training state of step 0 if that is where training is."""
+        template = build_template(self.source, stage, self.layers)
+        live = self.versions.live()
+        names = {live[name] for name in ("served", "draining", "preparing") if live.get(name)}
+        served = {version: self._load_version(template, version) for version in names}
+        run, training = self.training.state(), None
+        if run.committed == 0 and node in self.settings.training_nodes:
+            base = served.get(f"{run.lineage}.0") or load_version(self.source, template, BASE_DIRECTORY)
+            training = training_on(base, template, 0)
+        return HostedStage(
+            node=node,
+            stage=stage,
+            stages=self.settings.stages,
+            source=self.source,
+            template=template,
+            versions=served,
+            training=training,
+        )
+
+    def _report_ready(self, host: HostedStage) -> None:
+        """Say that the stage can serve in its epoch; versions that became live meanwhile are loaded first."""
+        epoch, layers = host.epoch, self.layers[host.stage]
+        step = host.training.step if host.training is not None else None
+
+        def report() -> dict[str, StageModel]:
+            missing = self.cluster.stage_ready(
+                self.name,
+                node=host.node,
+                stage=host.stage,
+                epoch=epoch,
+                training=step,
+                versions=list(host.versions),
+                layers=(layers.start, layers.stop - 1),
+                memory_bytes=host.memory_bytes,
+            )
+            return {version: self._load_version(host.template, version) for version in missing}
+
+        def reported(loaded: dict[str, StageModel]) -> None:
+            host.versions.update(loaded)
+            if host.epoch != epoch:
+                return
+            if loaded:
+                self._report_ready(host)
+                return
+            host.is_ready = True
+            if host.training is not None and host.training.step != step:  # an optimizer ran meanwhile
+                self.owner.training_at(host, host.training.step)
+            self.owner.stage_ready(host)
+            self.pull_if_whole(host.node)
+
+        def failed(error: Exception) -> None:
+            log.warning("stage_not_ready", node=host.node, stage=host.stage, reason=str(error))
+            if host.epoch == epoch:
+                self._report_ready(host)
+
+        self.background.do(report, reported, failed)
+
+    def pull_if_whole(self, node: int) -> None:
+        """Begin to pull when the node's last stage is ready: an item must not be started for a stage that is lost."""
+        host = self.stages.get((node, 0))
+        if host is None or not host.is_ready or node in self.pullers:
+            return
+        epoch = host.epoch
+
+        def is_whole() -> bool:
+            fields = self.broker.hash(self.broker.keys.node(node))
+            return all(fields.get(f"ready:{stage}") == str(epoch) for stage in range(host.stages))
+
+        def pull(whole: bool) -> None:
+            if whole and host.epoch == epoch and node not in self.pullers:
+                puller = self.pullers[node] = Puller(
+                    self.items, self.inbox, self.name, node, epoch, self.settings.max_running
+                )
+                puller.start()
+
+        self.background.do(is_whole, pull)
+
+    # ---- versions
+    def prepare(self, version: str, directory: str) -> None:
+        """Load a sealed version into every stage here, and say so."""
+        for host in self.stages.values():
+            self._prepare(host, version, directory)
+
+    def retire(self, version: str) -> None:
+        """Give a version's memory back."""
+        for host in self.stages.values():
+            host.versions.pop(version, None)
+
+    def _prepare(self, host: HostedStage, version: str, directory: str) -> None:
+        def prepared(shell: StageModel) -> None:
+            host.versions[version] = shell
+            self.background.do(
+                lambda: self.versions.prepared(version, node=host.node, stage=host.stage, epoch=host.epoch)
+            )
+
+        self.background.do(lambda: load_version(self.source, host.template, directory), prepared)
+
+    def load_training(self, host: HostedStage, notice: LoadTraining) -> None:
+        """Give a stage the training state of a checkpoint."""
+        epoch = host.epoch
+
+        def loaded(state: TrainingState) -> None:
+            if host.epoch == epoch:
+                host.training = state
+                self.owner.training_at(host, state.step)
+
+        self.background.do(
+            lambda: load_training(self.source, host.template, notice.directory, notice.step), loaded
+        )
+
+    def _load_version(self, template: StageModel, version: str) -> StageModel:
+        return load_version(self.source, template, self.versions.version(version).get("directory", ""))
