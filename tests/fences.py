@@ -61,11 +61,26 @@ def script(blocks: Sequence[Fence]) -> str:
     lines = ["set -euo pipefail"]
     for block in blocks:
         lines.append(f"echo '== {block.where}' >&2")
-        if block.language in {"python", "py"}:
-            lines.append(f"python - <<'PYTHON'\n{block.text}PYTHON")
-        else:
-            lines.append(block.text)
+        match block.language:
+            case "python" | "py":
+                lines.append(f"python - <<'PYTHON'\n{block.text}PYTHON")
+            case "console":
+                lines += [_session(command, output) for command, output in sessions(block.text)]
+            case _:
+                lines.append(block.text)
     return "\n".join(lines)
+
+
+def sessions(text: str) -> list[tuple[str, str]]:
+    """The commands of a ``console`` block, which stand behind ``$``, and what each shows."""
+    parts = re.split(r"^\$ ", text, flags=re.MULTILINE)
+    return [(command, output.rstrip()) for command, _, output in (part.partition("\n") for part in parts[1:])]
+
+
+def _session(command: str, output: str) -> str:
+    """Shell: the command must show that."""
+    wanted = f"<(cat <<'SHOWN'\n{output}\nSHOWN\n)"
+    return f"diff --ignore-blank-lines {wanted} <({command}) >&2"
 
 
 def run(

@@ -38,7 +38,7 @@ class Keys:
     # ---- the cluster
     @property
     def cluster_state(self) -> str:
-        """Hash: state (running | stopping), nodes, stages, started_at, secret, reason."""
+        """Hash: state (running | stopping), nodes, stages, started_at, generation (of the settings), secret, reason."""
         return self._key("cluster")
 
     @property

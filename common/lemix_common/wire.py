@@ -242,7 +242,7 @@ def _packed_pair(message: bytes, table: bytes) -> bytes:
 
 def _split_pair(header: bytes) -> tuple[bytes, bytes]:
     """The message's bytes and the packed table."""
-    if header[:2] == _SHORT_PAIR:
+    if header[:2] == _SHORT_PAIR and len(header) > 2:
         end = 3 + header[2]
         return header[3:end], header[end:]
     message, table = msgpack.unpackb(header, use_list=False)

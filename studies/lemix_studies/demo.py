@@ -32,7 +32,7 @@ def demo_settings(options: DemoOptions, policy: str) -> ClusterSettings:
         stages=3,
         policy=policy,
         step_examples=8,
-        learning_rate=5e-4,
+        learning_rate=4e-4,
         weight_decay=0.0,
         seed=options.seed,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fences import COMMANDS, EXEMPT, MARKS, OF_A_CLUSTER, Fence, fences, fences_of, script
+import subprocess
+
+from fences import COMMANDS, EXEMPT, MARKS, OF_A_CLUSTER, Fence, fences, fences_of, script, sessions
 
 PAGE = """\
 Say:
@@ -58,6 +60,21 @@ def test_a_page_is_one_script() -> None:
     lines = script(blocks).splitlines()
     assert lines[0] == "set -euo pipefail"
     assert lines.index("A=1") < lines.index("python - <<'PYTHON'") < lines.index("PYTHON")
+
+
+def test_what_a_console_shows_is_compared() -> None:
+    """A block of commands and their output fails when the output is another."""
+    right = "$ echo a\na\n$ echo b\nb\n"
+    assert sessions(right) == [("echo a", "a"), ("echo b", "b")]
+    assert status_of(right) == 0
+    assert status_of("$ echo a\nb\n") != 0
+    assert status_of("$ echo a\na\n$ echo c\nb\n") != 0
+
+
+def status_of(console: str) -> int:
+    """With which a console block ends."""
+    command = ["bash", "-c", script([Fence("p", 1, "console", ("test",), console)])]
+    return subprocess.run(command, capture_output=True, timeout=10, check=False).returncode
 
 
 def problem_of(fence: Fence) -> str:

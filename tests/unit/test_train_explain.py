@@ -113,7 +113,7 @@ def test_json_has_the_orders() -> None:
 def test_docs_training_shows_every_schedule_as_it_is() -> None:
     """Below each command stands what it prints."""
     shown = re.findall(
-        r"```console\n\$ lemix train (--explain [^\n]*)\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL
+        r"```console test\n\$ lemix train (--explain [^\n]*)\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL
     )
     assert {text.partition(":")[0] for _, text in shown} == set(SCHEDULES)
     for command, text in shown:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lemix_common.broker import LEADER_ONLY, NOTICE, Broker, Lua
-from lemix_common.errors import ClusterError
+from lemix_common.errors import ClusterError, Fenced
 from lemix_common.ids import BASE_VERSION
 from lemix_common.settings import ClusterSettings, settings_from
 from lemix_common.store.items import COORDINATORS, STAGE_0, Call, fence
@@ -36,12 +36,14 @@ if redis.call('EXISTS', K.settings) == 1 and (differs(K.settings, settings) or d
   end
   redis.call('DEL', K.workers, K.leader)
   redis.call('INCR', K.leader_epoch)
+  redis.call('HINCRBY', K.cluster_state, 'generation', 1)
 end
 redis.call('DEL', K.settings, K.model)
 for name, value in pairs(settings) do redis.call('HSET', K.settings, name, value) end
 for name, value in pairs(model) do redis.call('HSET', K.model, name, value) end
 redis.call('SET', K.tokenizer, ARGV[6])
 redis.call('HSETNX', K.cluster_state, 'secret', secret)
+redis.call('HSETNX', K.cluster_state, 'generation', 1)
 redis.call('HSET', K.cluster_state, 'state', 'running', 'started_at', now, 'nodes', settings.nodes, 'stages', settings.stages)
 redis.call('HDEL', K.cluster_state, 'reason')
 redis.call('HSETNX', K.run(run), 'planned', 0)
@@ -77,6 +79,7 @@ _REGISTER = Lua(
     NOTICE
     + """
 local worker, fields, expiry_ms = ARGV[1], cjson.decode(ARGV[2]), ARGV[3]
+if fields.generation and fields.generation ~= redis.call('HGET', K.cluster_state, 'generation') then return {'fenced'} end
 for _, other in ipairs(redis.call('SMEMBERS', K.workers)) do
   if other ~= worker and redis.call('HGET', K.worker(other), 'slot') == fields.slot then
     redis.call('DEL', K.alive(other))
@@ -212,8 +215,8 @@ class Cluster:
     def create(self, settings: ClusterSettings, model: Mapping[str, object], tokenizer: str) -> None:
         """Publish settings and model and open for work; what an earlier life left (items, steps) stays.
 
-        Repeating it changes nothing. Where settings or model differ from what was published, nobody leads and no worker
-        is known any more: who runs on the old ones must start afresh to be taken up again.
+        Repeating it changes nothing. Where settings or model differ from what was published, a new generation begins:
+        nobody leads and no worker is known, and who runs on the old ones isn't taken up again.
         """
         self.broker.ensure_group(self.broker.keys.submissions, COORDINATORS)
         for node in range(settings.nodes):
@@ -260,9 +263,13 @@ class Cluster:
 
     # ---- workers
     def register(self, worker: str, fields: Mapping[str, object], *, expiry_s: float) -> None:
-        """A worker process is there; an earlier process of the same slot is dead."""
+        """A worker process is there; an earlier process of the same slot is dead.
+
+        `Fenced` if its ``generation`` (see `state`) is over: it must start afresh to read the settings in force.
+        """
         texts = {name: str(value) for name, value in fields.items()}
-        self.broker.call(_REGISTER, worker, texts, int(1000 * expiry_s))
+        if self.broker.call(_REGISTER, worker, texts, int(1000 * expiry_s))[0] == "fenced":
+            raise Fenced("the cluster has other settings by now")
 
     def beat(self, worker: str, progress: int, *, expiry_s: float, memory_used_bytes: int = 0) -> bool:
         """The worker lives and its compute loop is at ``progress``; False if it was given up meanwhile."""

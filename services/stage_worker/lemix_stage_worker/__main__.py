@@ -19,7 +19,7 @@ import structlog
 import torch
 
 from lemix_common.clock import SystemClock
-from lemix_common.errors import BadInput, LemixError
+from lemix_common.errors import BadInput, Fenced, LemixError
 from lemix_common.ids import WorkerId
 from lemix_common.logs import configure_logs
 from lemix_common.machine import memory_limit_bytes
@@ -101,8 +101,9 @@ def run(
     if broker is None:
         return
     cluster = Cluster(broker)
-    settings, model = cluster.settings(), broker.hash(broker.keys.model)
-    source = open_model(Path(model["path"]))
+    state = cluster.state()  # before the settings: a change of them between these lines is noticed
+    settings = cluster.settings()
+    source = open_model(Path(broker.hash(broker.keys.model)["path"]))
     if source.config.model_type not in TESTED_FAMILIES:
         check_family(source)
     inbox = Inbox()
@@ -126,12 +127,14 @@ def run(
         "device": "cpu",
         "address": address,
         "memory": memory_limit_bytes(),
+        "generation": state["generation"],
         "registered_at": f"{broker.clock.now():.6f}",
     }
 
     def register() -> None:
-        cluster.register(name, about, expiry_s=settings.heartbeat_expiry_s)
-        if cluster.settings() != settings or broker.hash(broker.keys.model) != model:
+        try:
+            cluster.register(name, about, expiry_s=settings.heartbeat_expiry_s)
+        except Fenced:
             log.warning("settings_changed", reason="started again, it reads the new ones")
             stop.set()
 
