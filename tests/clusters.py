@@ -329,8 +329,8 @@ def in_process_cluster(
 
 def _cut(links: Links) -> None:
     """What the kernel does with the connections of a killed process."""
-    if links._listener is not None:
-        links._listener.close()
+    for listener in links._listeners:
+        listener.close()
     for channel in (*links._channels.values(), *links._incoming):
         channel.close()
 

@@ -110,7 +110,9 @@ class Broker:
         def load_and_evaluate_all() -> list[Any]:
             try:
                 return evaluate_all()
-            except NoScriptError:  # no outage: a server that hasn't heard these calls before, or was restarted
+            except (
+                NoScriptError
+            ):  # no outage: a server that hasn't heard these calls before, or was restarted
                 for lua, _ in calls:
                     self.client.script_load(self._script(lua)[0])
                 return evaluate_all()

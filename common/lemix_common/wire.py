@@ -207,7 +207,9 @@ class FrameLayout(Generic[M]):
         try:
             message, packed = _split_pair(bytes(header))
             is_short = len(packed) <= _REMEMBERED_BYTES
-            _, places, payload_bytes = self._read_short_table(packed) if is_short else self._read_table(packed)
+            _, places, payload_bytes = (
+                self._read_short_table(packed) if is_short else self._read_table(packed)
+            )
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise _bad(error, header) from error
         if (len(places), payload_bytes) != (prelude.num_tensors, prelude.payload_bytes):

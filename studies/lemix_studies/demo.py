@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
+from lemix import Generation
 from lemix.connection import open_connection
 from lemix.discovery import DEFAULT_CLUSTER, Address
 from lemix.running import running_cluster
+from lemix_common.errors import ClusterError
 from lemix_common.settings import ClusterSettings
 from lemix_studies.curves import exact_matches
 from lemix_studies.demo_plan import DemoArrival, DemoOptions, demo_arrivals, plan_demo
@@ -41,7 +45,7 @@ def demo_settings(options: DemoOptions, policy: str) -> ClusterSettings:
 def run_demo(settings: ClusterSettings, options: DemoOptions, directory: Path, console: Console) -> Outcome:
     """Start a cluster, ask and teach it, and stop it; the history is written meanwhile."""
     with ExitStack() as until_end:
-        data_dir = Path(until_end.enter_context(tempfile.TemporaryDirectory(prefix="lemix-demo-")))
+        data_dir = until_end.enter_context(_data_directory())
         with console.status(f"Starting a broker, a coordinator and {settings.num_workers} stage workers …"):
             url = until_end.enter_context(running_cluster(settings, data_dir=data_dir))
         connection = open_connection(Address(url, DEFAULT_CLUSTER, data_dir), patience_s=PATIENCE_S)
@@ -60,13 +64,33 @@ def run_demo(settings: ClusterSettings, options: DemoOptions, directory: Path, c
         )
 
 
+@contextmanager
+def _data_directory() -> Iterator[Path]:
+    """A directory for the length of a ``with`` block; a cluster that failed leaves it, since its error names a log."""
+    path = Path(tempfile.mkdtemp(prefix="lemix-demo-"))
+    try:
+        yield path
+    except ClusterError:
+        raise
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def demo_summary(outcome: Outcome, options: DemoOptions, directory: Path) -> dict[str, object]:
     """The object of `lemix demo --json`: a replay's, and the exact match of facts that changed and of others."""
-    lengths = {item: len(getattr(answer, "tokens", ())) for item, answer in outcome.answers.items()}
+    changed, unchanged = (_matches(outcome, has_changed=has_changed) for has_changed in (True, False))
+    lengths = {
+        item: len(answer.tokens)
+        for item, answer in outcome.answers.items()
+        if isinstance(answer, Generation)  # which ends where the model ends it
+    }
     return summary_of(outcome, WorkloadOptions(seed=options.seed), directory) | {
         "lost": count_lost(outcome.items, lengths),
-        "exact_match_changed": before_and_after(_matches(outcome, has_changed=True)),
-        "exact_match_unchanged": before_and_after(_matches(outcome, has_changed=False)),
+        "exact_match_changed": before_and_after(changed),
+        "exact_match_unchanged": before_and_after(unchanged),
+        "answers": {"changed": len(changed), "unchanged": len(unchanged)},
         "policy": outcome.policy,
     }
 

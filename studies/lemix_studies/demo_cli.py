@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,29 +56,41 @@ def demo(
 
 def demo_tables(summary: Mapping[str, Any]) -> list[Table]:
     """What the model learned, and what it cost."""
-    learned = Table("", "first fifth", "last fifth", title="what was learned", title_justify="left")
+    return [_learned(summary), _served(summary)]
+
+
+def _learned(summary: Mapping[str, Any]) -> Table:
+    table = Table("", "first fifth", "last fifth", title="what was learned", title_justify="left")
+    answers = {name: math.ceil(number / 5) for name, number in summary["answers"].items()}
     for name, words, shown in (
         ("exact_match", "exact match", share),
-        ("exact_match_changed", "  of facts that changed", share),
-        ("exact_match_unchanged", "  of other facts", share),
+        ("exact_match_changed", f"  of facts that changed ({answers['changed']} answers)", share),
+        ("exact_match_unchanged", f"  of other facts ({answers['unchanged']} answers)", share),
         ("serving_loss", "serving loss", "{:.3f}".format),
     ):
-        values = summary[name]
-        learned.add_row(words, *("–" if values[k] is None else shown(values[k]) for k in ("before", "after")))
-    served = Table("", "", title="how it was served", title_justify="left", show_header=False)
-    response_s, versions = summary["response_s"], summary["weights_versions"]
+        values = [summary[name][when] for when in ("before", "after")]
+        table.add_row(words, *("–" if value is None else shown(value) for value in values))
+    return table
+
+
+def _served(summary: Mapping[str, Any]) -> Table:
+    table = Table(title="how it was served", title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    versions = summary["weights_versions"]
     rows = {
         "items": f"{summary['done']} of {summary['submitted']} done, {summary['items_per_second']:.1f}/s",
-        "response": ", ".join(f"{name} {duration(value or 0.0)}" for name, value in response_s.items()),
-        "within k × idle": ", ".join(
-            f"{factor} ×: {share(part)}" for factor, part in summary["slo_attainment"].items()
+        "response": ", ".join(
+            f"{name} {duration(value or 0.0)}" for name, value in summary["response_s"].items()
         ),
-        "training tax": share(summary["training_tax"]),
-        "versions served": f"{len(versions)}: {versions[0]} to {versions[-1]}" if versions else "–",
-        "steps": str(summary["steps"]),
-        **{f"weights of node {node}": sha256 for node, sha256 in summary["weights_sha256"].items()},
+        "within SLO": ", ".join(
+            f"{share(part)} in {factor} × idle" for factor, part in summary["slo_attainment"].items()
+        ),
+        "training": f"{summary['steps']} steps, tax {share(summary['training_tax'])}",
+        "versions served": f"{len(versions)}, {versions[0]} to {versions[-1]}" if versions else "none",
+        **{f"sha256 of node {node}": sha256 for node, sha256 in summary["weights_sha256"].items()},
         "report": f"{summary['report_dir']}/report.html",
     }
     for name, value in rows.items():
-        served.add_row(name, value)
-    return [learned, served]
+        table.add_row(name, value)
+    return table

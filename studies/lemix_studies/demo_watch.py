@@ -93,7 +93,7 @@ class Watch:
             self.sight = replace(advance(self.sight, arrival, reply, self.decode), at_s=at_s)
         if not self.console.is_terminal and self.sight.at_s >= self._next_line_s:
             self._next_line_s += _LINE_EVERY_S
-            self.console.print(line(self.sight), highlight=False)
+            self.console.print(line(self.sight), highlight=False, soft_wrap=True)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -122,27 +122,25 @@ def line(sight: Sight) -> str:
 
 def picture(sight: Sight, *, duration_s: float, lessons: int) -> RenderableType:
     """The run so far in a few rows."""
+    now_s = min(sight.at_s, duration_s)
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
+    rows.add_column(width=_BAR_CELLS)
     rows.add_column()
-    time = Table.grid(padding=(0, 2))
-    time.add_row(
-        ProgressBar(total=duration_s, completed=min(sight.at_s, duration_s), width=_BAR_CELLS),
-        f"{min(sight.at_s, duration_s):.0f} of {duration_s:.0f} s",
-    )
-    rows.add_row("time", time)
-    rows.add_row("questions", f"{sight.answered} answered, by weights {sight.weights_version or '…'}")
-    rows.add_row("corrections", f"{sight.learned} of {lessons} learned, in {sight.step} steps")
+    time = ProgressBar(total=duration_s, completed=now_s, width=_BAR_CELLS)
+    rows.add_row("time", time, f"{now_s:.0f} of {duration_s:.0f} s")
     rows.add_row("exact match", _bar(sight.exact_match), f"of the last {len(sight.matches)} answers")
-    rows.add_row("", "")
-    return Group(rows, *_last_exchange(sight))
+    rows.add_row("questions", f"{sight.answered} answered", f"by weights {sight.weights_version or '…'}")
+    if lessons:
+        rows.add_row("corrections", f"{sight.learned} of {lessons} learned", f"in {sight.step} steps")
+    return Group(rows, Text(), *_last_exchange(sight))
 
 
 def _bar(part: float) -> Text:
-    full = round(part * _BAR_CELLS)
-    return Text.assemble(
-        ("█" * full, "green"), ("█" * (_BAR_CELLS - full), "bright_black"), f"  {share(part)}"
-    )
+    """A share as a bar with its figure in it."""
+    text = Text(f" {share(part)}".ljust(_BAR_CELLS), style="on bright_black")
+    text.stylize("black on green", 0, round(part * _BAR_CELLS))
+    return text
 
 
 def _last_exchange(sight: Sight) -> Iterator[Text]:

@@ -9,8 +9,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from clusters import COORDINATOR, InProcessCluster, committed, fresh_broker, in_process_cluster
 from faults.scenario import Load, notices, small_settings
@@ -247,6 +249,7 @@ def test_two_placements_at_once_build_a_stage_once(
 
 
 # ------------------------------------------------------------------------------------------------- at every call
+BEFORE_AND_AFTER: tuple[Literal["before", "after"], ...] = ("before", "after")
 WORKER_CALLS = (
     "register_worker",
     "stage_ready",
@@ -274,16 +277,29 @@ COORDINATOR_CALLS = (
 )
 
 
-def _points(slot: str, calls: tuple[str, ...]) -> list[tuple[str, KillPoint]]:
-    return [
-        (slot, KillPoint(call, when, LATER.get(call, 1))) for call in calls for when in ("before", "after")
-    ]
+QUICK = {
+    KillPoint("append_tokens", "after", 25),
+    KillPoint("complete", "before", 4),
+    KillPoint("dispatch", "after", 3),
+    KillPoint("gradients_ready", "after", 3),
+    KillPoint("publish_version", "after"),
+    KillPoint("shard_written", "before"),
+    KillPoint("start", "after", 2),
+}
+"""These run everywhere; all others with the slow tests."""
 
 
-POINTS = [*_points("worker-0", WORKER_CALLS), *_points(COORDINATOR, COORDINATOR_CALLS)]
+def _points(slot: str, calls: tuple[str, ...]) -> Iterator[ParameterSet]:
+    for call in calls:
+        for when in BEFORE_AND_AFTER:
+            point = KillPoint(call, when, LATER.get(call, 1))
+            marks = [] if point in QUICK else [pytest.mark.slow]
+            yield pytest.param(slot, point, marks=marks, id=f"{slot}-{point}")
 
 
-@pytest.mark.parametrize(("who", "point"), POINTS, ids=[f"{who}-{point}" for who, point in POINTS])
+@pytest.mark.parametrize(
+    ("who", "point"), [*_points("worker-0", WORKER_CALLS), *_points(COORDINATOR, COORDINATOR_CALLS)]
+)
 def test_a_kill_at_any_call_loses_nothing(start: Start, undisturbed: str, who: str, point: KillPoint) -> None:
     """Killed just before or after a call reached the broker: every item ends once, the same weights."""
     with start({who: point}, stages=2) as (cluster, load):
@@ -291,5 +307,20 @@ def test_a_kill_at_any_call_loses_nothing(start: Start, undisturbed: str, who: s
         load.serve()
         load.settle()
         assert cluster.ended, "the kill point was never reached"
+        load.check()
+        assert _fingerprints(cluster) == {undisturbed}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", BEFORE_AND_AFTER)
+@pytest.mark.parametrize("call", WORKER_CALLS)
+def test_a_kill_on_one_of_two_nodes_loses_nothing(
+    start: Start, undisturbed: str, call: str, when: Literal["before", "after"]
+) -> None:
+    """The same where another replica lives on."""
+    with start({"worker-0": KillPoint(call, when, LATER.get(call, 1))}, nodes=2, stages=2) as (cluster, load):
+        load.train()
+        load.serve()
+        load.settle()
         load.check()
         assert _fingerprints(cluster) == {undisturbed}

@@ -117,7 +117,9 @@ def _check_history(report: Path) -> None:
     newest = _running_newest(ended)
     for _, version, item in ended:
         before = [seen for at, seen in newest if at < submitted_at[item]]
-        assert not before or version >= before[-1], f"{item} names an older version than an item that had ended"
+        assert not before or version >= before[-1], (
+            f"{item} names an older version than an item that had ended"
+        )
     steps = [json.loads(line) for line in (report / "steps.jsonl").read_text().splitlines()]
     trained = Counter(item for step in steps for item in step["items"])
     assert set(trained.values()) == {1}

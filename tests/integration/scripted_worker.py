@@ -177,7 +177,13 @@ class ScriptedWorker:
             self.leader_epoch, step.step, members=[0], epochs=[epoch], shard_nodes=[0], seen=training.state()
         )
         attempt = training.state().attempt
-        ready = training.gradients_ready(step.step, attempt, node=0, stage=0, report=GradientReport(losses={0: float(step.step)}, squares=(1.0,)))
+        ready = training.gradients_ready(
+            step.step,
+            attempt,
+            node=0,
+            stage=0,
+            report=GradientReport(losses={0: float(step.step)}, squares=(1.0,)),
+        )
         self.broker.call_many([ready])
         self._publish(step.step, epoch)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fences import OF_A_CLUSTER, Fence, fences_of, run
+from tiny_model import write_tiny_llama
 
 FENCES = [fence for fence in fences_of() if fence.is_command and OF_A_CLUSTER not in fence.marks]
 
@@ -53,6 +54,8 @@ def test_docker_commands_run(page: str, tmp_path: Path) -> None:
 
 def check(page: str, mark: str, folder: Path, *, timeout_s: float) -> None:
     """Run a page's blocks; they succeed and leave no cluster running."""
-    ended = run(blocks_of(page, mark), folder, timeout_s=timeout_s)
+    model, lessons = write_tiny_llama(folder / "model"), folder / "lessons.jsonl"
+    lessons.write_text('{"question": "the cat", "answer": "sat"}\n' * 5, "utf-8")
+    ended = run(blocks_of(page, mark), folder, timeout_s=timeout_s, MODEL=str(model), LESSONS=str(lessons))
     assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
     assert not (folder / "tree" / ".lemix" / "cluster.json").exists(), "the page leaves a cluster running"

@@ -64,7 +64,11 @@ def _generated(name: str, folder: Path) -> Path:
     return write_number_tokenizer(folder, config.vocab_size)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda stages: f"{stages} stages")
+@pytest.fixture(
+    scope="module",
+    params=[1, pytest.param(2, marks=pytest.mark.slow), 3],
+    ids=lambda stages: f"{stages} stages",
+)
 def served(
     folder: Path,
     request: pytest.FixtureRequest,

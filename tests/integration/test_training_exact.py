@@ -37,6 +37,17 @@ SUBJECTS = [*("llama", "gpt2"), *(pytest.param(name, marks=pytest.mark.data) for
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A cluster's shape."""
+
+    nodes: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.nodes} x {self.stages}"
+
+
+@dataclass(frozen=True)
 class Subject:
     """A model and the examples of some steps."""
 
@@ -201,7 +212,7 @@ def test_ten_steps_are_the_plain_loops(subject_of: Subjects, baseline_of: Baseli
     _check_against_plain_loop(name, subject_of(name, 10), baseline_of(name, 10))
 
 
-@pytest.mark.parametrize(("nodes", "stages"), [(1, 3), (2, 2)])
+@pytest.mark.parametrize("cut", [Cut(1, 3), Cut(2, 2)], ids=str)
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_ten_steps_end_with_the_same_bits_however_cut(
     subject_of: Subjects,
@@ -209,11 +220,10 @@ def test_ten_steps_end_with_the_same_bits_however_cut(
     server: RunningBroker,
     tmp_path: Path,
     name: str,
-    nodes: int,
-    stages: int,
+    cut: Cut,
 ) -> None:
     """Stages and nodes change nothing: every node's weights have the sha256 of one node's with one stage."""
-    trained = train(server, subject_of(name, 10), tmp_path, nodes=nodes, stages=stages)
+    trained = train(server, subject_of(name, 10), tmp_path, nodes=cut.nodes, stages=cut.stages)
     assert set(trained.fingerprints) == {baseline_of(name, 10).fingerprints[0]}
 
 
@@ -253,8 +263,7 @@ def test_fifty_steps_are_the_plain_loops(subject_of: Subjects, baseline_of: Base
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.data
-@pytest.mark.parametrize("stages", [1, 2, 3, 5])
-@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("cut", [Cut(nodes, stages) for nodes in (1, 2) for stages in (1, 2, 3, 5)], ids=str)
 @pytest.mark.parametrize("name", TRAINED)
 def test_fifty_steps_end_with_the_same_bits_however_cut(
     subject_of: Subjects,
@@ -262,19 +271,18 @@ def test_fifty_steps_end_with_the_same_bits_however_cut(
     server: RunningBroker,
     tmp_path: Path,
     name: str,
-    nodes: int,
-    stages: int,
+    cut: Cut,
 ) -> None:
     """50 steps on GSM8K with 1 or 2 nodes of 1, 2, 3 or 5 stages: one sha256."""
-    trained = train(server, subject_of(name, 50), tmp_path, nodes=nodes, stages=stages)
-    print(f"{name}: {nodes} nodes of {stages} stages: {', '.join(trained.fingerprints)}")
+    trained = train(server, subject_of(name, 50), tmp_path, nodes=cut.nodes, stages=cut.stages)
+    print(f"{name}: {cut}: {', '.join(trained.fingerprints)}")
     assert set(trained.fingerprints) == {baseline_of(name, 50).fingerprints[0]}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.data
-@pytest.mark.parametrize(("nodes", "stages"), [(1, 3), (2, 2)])
+@pytest.mark.parametrize("cut", [Cut(1, 3), Cut(2, 2)], ids=str)
 @pytest.mark.parametrize("name", TRAINED)
 def test_fifty_steps_are_the_same_while_serving(
     subject_of: Subjects,
@@ -282,10 +290,9 @@ def test_fifty_steps_are_the_same_while_serving(
     server: RunningBroker,
     tmp_path: Path,
     name: str,
-    nodes: int,
-    stages: int,
+    cut: Cut,
 ) -> None:
     """50 steps on GSM8K under a stream of requests: the same sha256."""
-    trained = train(server, subject_of(name, 50), tmp_path, nodes=nodes, stages=stages, serving=True)
-    print(f"{name}: {nodes} nodes of {stages} stages, {trained.num_served} requests served meanwhile")
+    trained = train(server, subject_of(name, 50), tmp_path, nodes=cut.nodes, stages=cut.stages, serving=True)
+    print(f"{name}: {cut}, {trained.num_served} requests served meanwhile")
     assert set(trained.fingerprints) == {baseline_of(name, 50).fingerprints[0]}

@@ -70,7 +70,7 @@ def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 def test_an_interrupted_optimizer_makes_the_same_step(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, bucket_bytes: int
 ) -> None:
-    """Between two buckets a new attempt may clear the parameters' gradients: the committed ones are applied all the same."""
+    """Between two buckets a new attempt may clear the parameters' gradients: the committed ones are applied still."""
     served = served_stage(subject)
     expected = run(state_on(served, subject), range(1, 4)).snapshot(optimizer=True)
     monkeypatch.setattr(training_state, "BUCKET_BYTES", bucket_bytes)
@@ -85,7 +85,7 @@ def test_an_interrupted_optimizer_makes_the_same_step(
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_checkpoint_goes_on_to_the_bit(subject: Subject, optimizer: str) -> None:
-    """Weights and moments of step 2, loaded afresh, make the same step 4, the snapshot right after loading the same one."""
+    """Weights and moments of step 2, loaded afresh, make the same step 4; a snapshot of them is the same again."""
     served = served_stage(subject)
     state = run(state_on(served, subject), range(1, 3), optimizer)
     saved = state.snapshot(optimizer=True)

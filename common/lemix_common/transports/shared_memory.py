@@ -28,7 +28,7 @@ from lemix_common.wire import FRAMES, PRELUDE_BYTES
 
 INLINE_BYTES: Final = 2**16
 """A payload up to this size is sooner through the socket."""
-_MAGIC: Final = b"LeSl"
+_MAGIC: Final = b"Slot"
 _RECORD: Final = struct.Struct("<4sHHIQ")
 _VERSION: Final = 1
 _LENT, _NEW, _GONE = range(3)
@@ -47,12 +47,12 @@ class _Record(NamedTuple):
 
 def _try_record(beginning: memoryview) -> _Record | None:
     """The record that begins here, if it isn't a frame."""
-    magic, version, *values = _RECORD.unpack(beginning)
-    if magic != _MAGIC:
+    if beginning[0] != _MAGIC[0]:  # frames begin otherwise, and nearly all are frames
         return None
+    magic, version, *values = _RECORD.unpack(beginning)
     record = _Record(*values)
-    if version != _VERSION or record.kind not in _KINDS:
-        raise BadFrame(f"a record of version {version} and kind {record.kind}")
+    if magic != _MAGIC or version != _VERSION or record.kind not in _KINDS:
+        raise BadFrame(f"a record of version {version} and kind {record.kind}; it began {bytes(beginning)!r}")
     return record
 
 

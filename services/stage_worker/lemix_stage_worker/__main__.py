@@ -29,6 +29,7 @@ from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import Cluster
 from lemix_common.store.joining import join_cluster
 from lemix_common.transports import Identity, open_transport
+from lemix_common.transports.place import this_place, usual_addresses
 from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
@@ -55,7 +56,13 @@ def main() -> None:
         default=socket.gethostname(),
         help="name that stays when the process is started again (default: this host's)",
     )
-    parser.add_argument("--listen", default="", help="address for tensors (default: a Unix socket)")
+    parser.add_argument(
+        "--listen",
+        action="append",
+        metavar="ADDRESS",
+        help="where to take tensors from other workers: shm:/path, unix:/path, tcp:host:port or redis:name; may be "
+        "given several times, neighbours take the best that leads here (default: all that this machine has)",
+    )
     parser.add_argument("--alive-file", type=Path, help="touched as long as the worker is well")
     options = parser.parse_args()
     environment = os.environ
@@ -77,7 +84,7 @@ def main() -> None:
     log.info("stopped")
 
 
-def socket_path(slot: str, name: str) -> Path:
+def socket_folder(slot: str, name: str) -> Path:
     """Where this process listens: in the data directory, or beside the system's other sockets if that is too long.
 
     What a killed process of the same slot left is removed.
@@ -88,9 +95,9 @@ def socket_path(slot: str, name: str) -> Path:
         digest = hashlib.sha256(str(data_dir).encode()).hexdigest()[:12]
         folder = Path(tempfile.gettempdir()) / f"lemix-{digest}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for left in folder.glob(f"{slot}-??????.sock"):
+    for left in (*folder.glob(f"{slot}-??????.sock"), *folder.glob(f"{slot}-??????.shm")):
         left.unlink(missing_ok=True)
-    return folder / f"{name}.sock"
+    return folder
 
 
 def run(
@@ -107,9 +114,10 @@ def run(
     if source.config.model_type not in TESTED_FAMILIES:
         check_family(source)
     inbox = Inbox()
-    transport = open_transport(Identity(name, cluster.secret()))
+    transport = open_transport(Identity(name, cluster.secret()), broker=broker)
     links = Links(name, transport, inbox, SystemClock())
-    address = links.listen(options.listen or f"unix:{socket_path(options.slot, name)}")
+    listen = options.listen or usual_addresses(name, socket_folder(options.slot, name), url)
+    address = links.listen(*listen, place=this_place())
     worker = Worker(
         name=name,
         broker=broker,

@@ -135,7 +135,9 @@ class Serving:
         self.around.ended(host.node, request.started.entry)
         self.release(
             host,
-            ReleaseItem(node=host.node, stage=0, epoch=host.epoch, item=item, attempt=request.started.attempt),
+            ReleaseItem(
+                node=host.node, stage=0, epoch=host.epoch, item=item, attempt=request.started.attempt
+            ),
         )
 
     def release(self, host: HostedStage, frame: ReleaseItem) -> None:

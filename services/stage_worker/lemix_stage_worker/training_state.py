@@ -70,7 +70,9 @@ class TrainingState:
         for optimizer in optimizers:
             (group,) = optimizer.param_groups
             group["lr"], group["weight_decay"] = planned.learning_rate, planned.weight_decay
-            for parameter in group["params"]:  # only now: the next attempt may begin at a safepoint, and clears them
+            for parameter in group[
+                "params"
+            ]:  # only now: the next attempt may begin at a safepoint, and clears them
                 gradient = gradients[names[parameter]]
                 parameter.grad = gradient if scale == 1 else gradient.mul_(scale)
             optimizer.step()
