@@ -110,7 +110,7 @@ class Keys:
         return self._key("placement_epoch")
 
     def node(self, node: int) -> str:
-        """Hash: epoch, link_lost (epoch), and of each stage stage:S (worker), ready:S (epoch), version:S, layers:S, training:S."""
+        """Hash: epoch, link_lost, and of each stage: stage:S (worker), ready:S (epoch), version:S, layers:S, training:S."""
         return self._key("node", node)
 
     def work(self, node: int) -> str:

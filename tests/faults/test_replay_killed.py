@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,7 +53,7 @@ def test_every_process_killed_once_changes_nothing(tmp_path: Path) -> None:
     _check_history(tmp_path / "disturbed" / "report")
 
 
-def _replay(folder: Path, *, victims: tuple[str, ...]) -> dict:
+def _replay(folder: Path, *, victims: tuple[str, ...]) -> dict[str, Any]:
     folder.mkdir()
     command = [sys.executable, "-m", "lemix", "replay", *map(str, REPLAY)]
     command += ["--report", str(folder / "report"), "--keep-data", str(folder / "data")]
@@ -65,7 +66,8 @@ def _replay(folder: Path, *, victims: tuple[str, ...]) -> dict:
         finally:
             process.kill()
             process.wait()
-    return json.loads((folder / "out").read_text())
+    summary: dict[str, Any] = json.loads((folder / "out").read_text())
+    return summary
 
 
 def _when_due(process: subprocess.Popen[bytes], data_dir: Path, victims: tuple[str, ...]) -> Iterator[str]:
@@ -82,15 +84,16 @@ def _when_due(process: subprocess.Popen[bytes], data_dir: Path, victims: tuple[s
         pid = json.loads(announced.read_text())["processes"][victim]
         os.kill(pid, signal.SIGKILL)
         yield victim
-        wait_until(
-            lambda pid=pid, victim=victim, begun=begun: (
-                json.loads(announced.read_text())["processes"].get(victim) not in (None, pid)
-                and time.monotonic() - begun >= BETWEEN_KILLS_S
-            ),
-            what=f"{victim} is started again",
-            timeout_s=60.0,
-        )
+        _wait_for_successor(announced, victim, pid, begun)
     training.broker.client.close()
+
+
+def _wait_for_successor(announced: Path, victim: str, pid: int, begun: float) -> None:
+    def is_back() -> bool:
+        successor = json.loads(announced.read_text())["processes"].get(victim)
+        return successor not in (None, pid) and time.monotonic() - begun >= BETWEEN_KILLS_S
+
+    wait_until(is_back, what=f"{victim} is started again", timeout_s=60.0)
 
 
 def _check_history(report: Path) -> None:
