@@ -1,5 +1,6 @@
-"""Print what pyproject.toml asks for: ``requirements.py PYPROJECT EXTRA…``, so that an image's libraries are a layer
-of their own, which a change of our code leaves as it is.
+"""Print what pyproject.toml asks for: ``requirements.py PYPROJECT EXTRA…``.
+
+An image's libraries are then a layer of their own, which a change of our code leaves as it is.
 """
 
 from __future__ import annotations

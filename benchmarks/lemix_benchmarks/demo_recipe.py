@@ -270,6 +270,7 @@ def write(folder: Path, recipe: Recipe, device: str) -> None:
     model = train(recipe, exchanges, tokenizer.get_vocab_size())
     known, seconds = share_known(model, exchanges), time.monotonic() - begun
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # which safetensors makes for its owner alone
     tokenizer.save(str(folder / "tokenizer.json"))
     print(
         f"{model.num_parameters():,} parameters, {known:.2%} of the answers right, {seconds:.0f} s on {device}"

@@ -93,7 +93,7 @@ class Keys:
         return self._key("workers")
 
     def worker(self, worker: str) -> str:
-        """Hash: pid, host, device, address, memory (the most it may use), memory_used, busy."""
+        """Hash: pid, host, device, address, memory (its limit), memory_used, links (how tensors travel), busy."""
         return self._key("worker", worker)
 
     def alive(self, worker: str) -> str:
@@ -110,7 +110,7 @@ class Keys:
         return self._key("placement_epoch")
 
     def node(self, node: int) -> str:
-        """Hash: epoch, link_lost, and of each stage: stage:S (worker), ready:S (epoch), version:S, layers:S, training:S."""
+        """Hash: epoch, link_lost, and of each stage its host stage:S, ready:S, version:S, layers:S, training:S."""
         return self._key("node", node)
 
     def work(self, node: int) -> str:

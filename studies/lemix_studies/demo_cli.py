@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lemix.cli.errors import clear_errors
 from lemix_common.logs import configure_logs
-from lemix_common.settings import POLICIES
+from lemix_common.settings import POLICIES, ClusterSettings
 from lemix_studies.demo import demo_settings, demo_summary, run_demo
 from lemix_studies.demo_plan import DemoOptions
 from lemix_studies.report import report_directory, write_report
@@ -45,13 +45,30 @@ def demo(
     options = DemoOptions(seed=seed, has_training=has_training)
     settings = demo_settings(options, policy)
     directory = report_directory(report, "demo")
-    outcome = run_demo(settings, options, directory, Console(stderr=True))
+    console = Console(stderr=True)
+    console.print(introduction(settings, options), highlight=False)
+    outcome = run_demo(settings, options, directory, console)
     summary = demo_summary(outcome, options, directory)
     write_report(directory, outcome, summary, command="lemix demo")
     if as_json:
         typer.echo(json.dumps(summary))
     else:
         Console().print(*demo_tables(summary), sep="\n")
+
+
+def introduction(settings: ClusterSettings, options: DemoOptions) -> str:
+    """What is about to be seen."""
+    lessons = options.changed_facts * options.examples_per_fact
+    meanwhile = (
+        f"{lessons} corrections arrive as training examples, in other words than the questions"
+        if options.has_training
+        else "nobody corrects it"
+    )
+    return (
+        f"A small model knows a catalogue by heart; {options.changed_facts} facts of it have changed since.\n"
+        f"{settings.nodes} nodes of {settings.stages} stages ({settings.policy}) answer questions about them "
+        f"for a minute. Meanwhile {meanwhile}."
+    )
 
 
 def demo_tables(summary: Mapping[str, Any]) -> list[Table]:

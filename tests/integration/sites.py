@@ -86,7 +86,6 @@ def shared_maps(pid: int | str = "self") -> int:
 @contextmanager
 def nothing_left_behind(folder: Path) -> Iterator[None]:
     """It ends with the threads, sockets and shared memory it began with, and without socket files."""
-    gc.collect()
     threads, files = set(threading.enumerate()), open_files()
     named, maps = set(SHARED_FOLDER.iterdir()), shared_maps()
     yield

@@ -101,7 +101,8 @@ QUESTIONS = {
     "7.": (r"1\) 1\n2\) 1\n3\) 1\n.*loss", r"steps +1 planned, 1 committed, 1 published"),
     "8.": (r"coordinator-\w{6}\n\d+", r"leader +coordinator-\w{6}, epoch \d+"),
     "9.": (r"state\n *\d+\) running", r"state +running"),
-    "10.": (r"worker-0-\w{6}.*1\) \d{8,}\n2\) \d{8,}", r"worker-0-\w{6} .*\d+ MiB of \d+ MiB"),
+    "10.": (r"worker-0-\w{6}.*1\) \d{8,}\n2\) \d{8,}", r"worker-0-\w{6} .*\d+ of \d+ MiB"),
+    "How": (r"worker-\d-\w{6} memory", r"worker-0-\w{6} .*memory"),
 }
 
 
@@ -119,7 +120,7 @@ def sections() -> dict[str, list[str]]:
 def test_the_ten_questions_are_there() -> None:
     """Each has at least one line for redis-cli and one for `lemix`."""
     asked = [title for title in sections() if title[0].isdigit()]
-    assert [title.split()[0] for title in asked] == list(QUESTIONS)
+    assert [title.split()[0] for title in asked] == [number for number in QUESTIONS if number[0].isdigit()]
     for title in asked:
         kinds = {line.split()[0] for line in sections()[title]}
         assert kinds == {"redis-cli", "lemix"}, title

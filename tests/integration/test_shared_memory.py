@@ -84,7 +84,12 @@ def test_large_payloads_are_read_where_the_peer_put_them(site: Site, num_bytes: 
 def test_a_receiver_that_keeps_everything_still_gets_everything(site: Site) -> None:
     """With all slots lent, frames go over the socket; what is kept stays as it was; a freed slot is used again."""
     near, far = site.pair()
-    sending = site.run(lambda: [near.send(frame(i), [tensor(LARGE, fill=i)]) for i in range(40)])
+
+    def send() -> None:
+        for i in range(40):
+            near.send(frame(i), [tensor(LARGE, fill=i)])
+
+    sending = site.run(send)
     kept = [far.receive() for _ in range(40)]
     sending.result(DEADLINE_S)
     assert [is_shared(view_of(delivery)) for delivery in kept] == [True] * slots.NUM_SLOTS + [False] * 8

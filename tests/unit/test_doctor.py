@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -141,10 +142,16 @@ def test_taken_ports(taken: int, tmp_path: Path) -> None:
     assert (finding.verdict, "must be a port" in finding.found) == ("wrong", True)
 
 
-def test_no_shared_memory(tmp_path: Path) -> None:
+def test_no_shared_memory() -> None:
     """It is slower without, and says so."""
-    assert doctor.check_shared_memory(tmp_path / "none").verdict == "note"
-    assert doctor.check_shared_memory(tmp_path).verdict == "ok"
+
+    def refused(_name: str) -> int:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    for finding in (doctor.check_shared_memory(None), doctor.check_shared_memory(refused)):
+        assert finding.verdict == "note"
+        assert "slower" in finding.to_do
+    assert doctor.check_shared_memory(lambda _name: os.open(os.devnull, os.O_RDONLY)).verdict == "ok"
 
 
 def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:

@@ -69,6 +69,29 @@ def test_an_operation_gets_writers_and_others_when_one_is_lost() -> None:
     assert list(snapshots(nobody)) == []
 
 
+def test_a_writer_that_was_left_behind_is_replaced() -> None:
+    """Its node lost a stage and the others went on: it will never have the state that is to be written."""
+    run = run_of(planned=4, committed=4, published=4, **CHECKPOINTED)
+    nodes = [node_of(0, None, 3, epoch=2), node_of(1, 4, 4, epoch=5)]
+    about = {"writers": (1, 0), "epochs": (5, 2)}
+    chosen = ChooseWriters("checkpoint-1", "writing", (1, 1), (5, 5), "a writer was lost")
+    behind = operation_of("checkpoint", "writing", step=4, **about)
+    assert list(snapshots(view_of(nodes, run, operations=[behind]))) == [chosen]
+    in_time = operation_of("checkpoint", "writing", step=3, **about)
+    assert list(snapshots(view_of(nodes, run, operations=[in_time]))) == []
+    not_begun = operation_of("checkpoint", "requested", **about)
+    assert list(snapshots(view_of(nodes, run, operations=[not_begun]))) == [
+        ChooseWriters("checkpoint-1", "requested", (1, 1), (5, 5), "a writer was lost")
+    ]
+
+
+def test_a_writer_that_went_on_has_written() -> None:
+    """It took its copy before the next step's optimizer ran."""
+    run = run_of(planned=9, committed=4, published=4, checkpoint=3)
+    operation = operation_of("checkpoint", "writing", writers=(0, 0), epochs=(1, 1), step=3, shards_written=1)
+    assert list(snapshots(view_of(TWO, run, operations=[operation]))) == []
+
+
 @pytest.mark.parametrize(
     ("state", "shards_written", "stages_prepared", "moves"),
     [

@@ -52,6 +52,7 @@ def status(*, stages: int = 2, done: float = 10, blocked_s: float = 1.0, respons
                 heartbeat_age_s=age,
                 memory_used_bytes=300 * 2**20,
                 memory_limit_bytes=2**30,
+                links={"worker-1-aaaaaa": "shm", "worker-2-bbbbbb": "shm"},
             )
             for age in (0.5, None)
         ],
@@ -115,7 +116,7 @@ def test_a_bar_is_as_long_as_its_cells() -> None:
 def test_a_status_fits_a_small_terminal() -> None:
     """Tables of 80 columns cut no name off."""
     text = shown(*status_tables(status()))
-    for part in (WORKER, "0.5 s ago", "silent", "300 MiB of 1024 MiB", "25%", "50%", "because", "/metrics"):
+    for part in (WORKER, "0.5 s ago", "silent", "300 of 1024 MiB", "shm", "25%", "50%", "because", "/metrics"):
         assert part in text
     assert "…" not in text
     assert all(line in text for line in summary(status()))

@@ -105,6 +105,14 @@ def test_stages_of_different_nodes_can_give_the_state_together() -> None:
     ]
 
 
+def test_a_whole_node_writes_before_parts_of_others() -> None:
+    """A stage of a node that isn't whole takes no part in the next step."""
+    view = view_of([node_of(0, None, 4), node_of(1, 4, 4)], run_of(planned=6, committed=4))
+    assert writers_at(view, 4) == ((1, 1), (1, 1))
+    waiting = view_of([node_of(0, 4, 4, ready=False), node_of(1, 4, 4)], run_of(planned=6, committed=4))
+    assert writers_at(waiting, 4) == ((1, 1), (1, 1))
+
+
 def test_a_state_that_nobody_has_is_replayed_from_the_checkpoint() -> None:
     """Everybody loads the last checkpoint, waits until all have, then replays step by step up to the committed one."""
     nodes = [node_of(0, 4, None, epoch=2)]

@@ -98,7 +98,7 @@ _BEAT = Lua(
     """
 if redis.call('SISMEMBER', K.workers, ARGV[1]) == 0 then return {'unknown'} end
 redis.call('SET', K.alive(ARGV[1]), ARGV[2], 'PX', ARGV[3])
-redis.call('HSET', K.worker(ARGV[1]), 'memory_used', ARGV[4])
+redis.call('HSET', K.worker(ARGV[1]), 'memory_used', ARGV[4], 'links', ARGV[5])
 return {'ok'}
 """,
 )
@@ -271,9 +271,11 @@ class Cluster:
         if self.broker.call(_REGISTER, worker, texts, int(1000 * expiry_s))[0] == "fenced":
             raise Fenced("the cluster has other settings by now")
 
-    def beat(self, worker: str, progress: int, *, expiry_s: float, memory_used_bytes: int = 0) -> bool:
+    def beat(
+        self, worker: str, progress: int, *, expiry_s: float, memory_used_bytes: int = 0, links: str = ""
+    ) -> bool:
         """The worker lives and its compute loop is at ``progress``; False if it was given up meanwhile."""
-        answer = self.broker.call(_BEAT, worker, progress, int(1000 * expiry_s), memory_used_bytes)
+        answer = self.broker.call(_BEAT, worker, progress, int(1000 * expiry_s), memory_used_bytes, links)
         return bool(answer[0] == "ok")
 
     def forget_worker(self, leader_epoch: int, worker: str) -> None:

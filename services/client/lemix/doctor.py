@@ -10,7 +10,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,8 +29,6 @@ from lemix_common.server import LEAST_FREE_BYTES, find_server
 
 OLDEST_PYTHON: Final = (3, 11)
 NEEDED: Final = ("torch", "transformers", "celery", "prometheus_client")
-SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - it is looked at, not written to
-LEAST_SHARED_BYTES: Final = 64 * 2**20
 WORKER_BYTES: Final = 400 * 2**20
 """What a worker takes before it has weights: torch and transformers."""
 SERVED_COPIES, TRAINED_COPIES = 2, 4
@@ -83,7 +81,7 @@ def examine(wanted: Questions, environment: Mapping[str, str]) -> list[Finding]:
         check_disk(directory.path, _free_bytes(directory.path), weights_bytes),
         check_broker(directory, wanted.url, wanted.cluster),
         *check_ports(wanted, environment, is_running=directory.is_locked()),
-        check_shared_memory(SHARED_MEMORY),
+        check_shared_memory(getattr(os, "memfd_create", None)),
         check_memory(memory_free_bytes(), weights_bytes, wanted.workers),
         about_model,
     ]
@@ -194,16 +192,16 @@ def check_ports(wanted: Questions, environment: Mapping[str, str], *, is_running
         yield Finding("ports", "ok", f"{', '.join(map(str, asked)) or 'any'} free on {THIS_MACHINE}")
 
 
-def check_shared_memory(folder: Path) -> Finding:
-    """Workers of one machine pass tensors through it."""
-    slower = "tensors between workers go through sockets, which is slower"
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        return Finding("shared memory", "note", f"{folder} can't be written", slower)
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < LEAST_SHARED_BYTES:
-        to_do = f"{slower}; in a container give --shm-size 1g"
-        return Finding("shared memory", "note", f"{_size(free_bytes)} free in {folder}", to_do)
-    return Finding("shared memory", "ok", f"{_size(free_bytes)} free in {folder}")
+def check_shared_memory(make: Callable[[str], int] | None) -> Finding:
+    """Workers of one machine pass large tensors through memory without a name; /dev/shm may be as small as it is."""
+    slower = "tensors between workers of this machine go through sockets, which is slower"
+    if make is None:
+        return Finding("shared memory", "note", "this system has no memfd_create", slower)
+    try:
+        os.close(make("lemix-doctor"))
+    except OSError as error:
+        return Finding("shared memory", "note", f"it can't be had ({error.strerror})", slower)
+    return Finding("shared memory", "ok", "workers of this machine can share it")
 
 
 def check_memory(free_bytes: int, weights_bytes: int, workers: int) -> Finding:

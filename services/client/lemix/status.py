@@ -51,6 +51,7 @@ class WorkerStatus(TypedDict):
     heartbeat_age_s: float | None
     memory_used_bytes: int
     memory_limit_bytes: int
+    links: dict[str, str]
 
 
 class QueueStatus(TypedDict):
@@ -223,9 +224,15 @@ def _workers(broker: Broker, workers: Mapping[str, Mapping[str, str]], expiry_s:
             heartbeat_age_s=max(0.0, expiry_s - left / 1000) if left > 0 else None,
             memory_used_bytes=int(fields.get("memory_used") or 0),
             memory_limit_bytes=int(fields.get("memory") or 0),
+            links=_links(fields.get("links", "")),
         )
         for (name, fields), left in zip(workers.items(), left_ms, strict=True)
     ]
+
+
+def _links(text: str) -> dict[str, str]:
+    """Peer to the way that tensors take to it."""
+    return dict(part.split(" ", 1) for part in text.split(", ") if part)
 
 
 def _queue(queue: Queue) -> QueueStatus:

@@ -175,6 +175,7 @@ class Coordinator:
             case ChooseWriters(operation, state, writers, epochs, reason):
                 log.info("writers_chosen", operation=operation, writers=writers, reason=reason)
                 self.versions.choose_writers(operation, state, writers, epochs)
+                self._enqueued.pop(operation, None)
             case AdvanceOperation(operation, progress):
                 self._enqueue(operation, progress)
             case RetireVersion(version):

@@ -127,6 +127,7 @@ def operation_view(
         state=fields["state"],
         writers=tuple(json.loads(fields.get("writers") or "[]")),
         epochs=tuple(json.loads(fields.get("epochs") or "[]")),
+        step=int(fields.get("step") or 0),
         shards_written=sum(name.startswith("shard:") for name in fields),
         stages_prepared=sum(
             f"prepared:{node.node}:{stage}" in preparing

@@ -55,8 +55,17 @@ def _advance(
 
 
 def _writers_live(view: ClusterView, operation: OperationView) -> bool:
-    epochs = {node.node: node.epoch for node in view.nodes}
-    return all(epochs.get(w) == e for w, e in zip(operation.writers, operation.epochs, strict=True))
+    """Each is where it was chosen and has, or had, the state to write; one that was left behind will never have it."""
+    step = operation.step if operation.state == "writing" else view.run.committed
+    nodes = {node.node: node for node in view.nodes}
+    writers = zip(operation.writers, operation.epochs, strict=True)
+    return all(
+        writer in nodes
+        and nodes[writer].epoch == epoch
+        and (at := nodes[writer].stages[stage].training_step) is not None
+        and at >= step
+        for stage, (writer, epoch) in enumerate(writers)
+    )
 
 
 def _all_prepared(view: ClusterView, operation: OperationView) -> bool:

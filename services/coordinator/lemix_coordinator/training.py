@@ -51,13 +51,17 @@ def forget(view: ClusterView) -> Iterator[ForgetSteps]:
 
 
 def writers_at(view: ClusterView, step: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """For each stage a node whose living stage is at ``step`` (nodes and their epochs), or None."""
+    """For each stage a node whose living stage is at ``step`` (nodes and their epochs), or None.
+
+    A whole node's, if there is one: stages of a node that isn't whole may be left behind by the next step.
+    """
     writers = []
+    whole_first = sorted(view.nodes, key=lambda node: not (node.is_ready and node.training_step == step))
     for stage in range(view.settings.stages):
         holder = next(
             (
                 node
-                for node in view.nodes
+                for node in whole_first
                 if node.stages[stage].is_ready and node.stages[stage].training_step == step
             ),
             None,

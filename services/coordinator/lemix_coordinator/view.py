@@ -62,6 +62,8 @@ class OperationView:
     writers: tuple[int, ...]
     epochs: tuple[int, ...]
     """The writers' placement epochs when they were chosen."""
+    step: int
+    """The state to be written, once that is decided."""
     shards_written: int
     stages_prepared: int
 

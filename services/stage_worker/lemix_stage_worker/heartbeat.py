@@ -55,11 +55,13 @@ class Heartbeat:
                 log.error("no_heartbeat", reason=str(error))
 
     def _beat(self) -> bool:
+        ways = self.worker.links.ways
         return self.cluster.beat(
             self.worker.name,
             self.worker.progress,
             expiry_s=self.expiry_s,
             memory_used_bytes=resident_bytes(),
+            links=", ".join(f"{peer} {way}" for peer, way in sorted(ways.items())),
         )
 
     def _watch(self) -> None:

@@ -47,6 +47,8 @@ class Links:
     """Where this worker listens, once it does."""
     _channels: dict[str, Channel] = field(default_factory=dict)
     """By their peers' reach."""
+    _taken: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By their peers' reach: the peer, and the address that led there."""
     _incoming: list[Channel] = field(default_factory=list)
     _threads: list[threading.Thread] = field(default_factory=list)
     _listeners: list[Listener] = field(default_factory=list)
@@ -93,10 +95,21 @@ class Links:
             return False
         return True
 
+    @property
+    def ways(self) -> dict[str, str]:
+        """How what is sent to each peer travels: ``shm``, ``unix``, ``tcp``, ``redis`` … May be asked by any thread."""
+        connected = self._channels.copy()
+        return {
+            peer: address.partition(":")[0]
+            for reach, (peer, address) in self._taken.copy().items()
+            if reach in connected
+        }
+
     def forget(self, reaches: set[str]) -> None:
         """Close the connections to all but the workers that are reached so."""
         for reach in self._channels.keys() - reaches:
             self._channels.pop(reach).close()
+        self._taken = {reach: way for reach, way in self._taken.items() if reach in reaches}
 
     def close(self) -> None:
         """Close everything and wait for the threads."""
@@ -117,6 +130,7 @@ class Links:
                 log.debug("no_way", address=way, reason=str(error))
                 continue
             self._unreachable |= dict.fromkeys(ways[:tried], self.clock.now())
+            self._taken[reach] = (channel.peer, way)
             log.info("connected", peer=channel.peer, address=way)
             return channel
         raise PeerUnreachable(f"nobody answers at {' or '.join(ways)}")

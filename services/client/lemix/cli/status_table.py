@@ -73,11 +73,12 @@ def _workers(workers: Sequence[WorkerStatus]) -> Table:
             worker["pid"],
             worker["device"],
             _silent(worker["heartbeat_age_s"]),
-            f"{_mebibytes(worker['memory_used_bytes'])} of {_mebibytes(worker['memory_limit_bytes'])}",
+            f"{worker['memory_used_bytes'] / 2**20:.0f} of {worker['memory_limit_bytes'] / 2**20:.0f} MiB",
+            ", ".join(sorted(set(worker["links"].values()))),
         ]
         for worker in workers
     ]
-    return _table(("worker", "host", "pid", "device", "heartbeat", "memory"), rows)
+    return _table(("worker", "host", "pid", "device", "heartbeat", "memory", "sends by"), rows)
 
 
 def _queues(queues: Mapping[str, QueueStatus]) -> Table:
@@ -116,7 +117,3 @@ def _holders(held_by: Mapping[str, int]) -> str:
 
 def _moment(seconds: str | float) -> str:
     return datetime.fromtimestamp(float(seconds), UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
-
-
-def _mebibytes(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.0f} MiB"
