@@ -3,10 +3,11 @@
 ==========  =====================================  ==============================================================
 case        `lemix`                                beside
 ==========  =====================================  ==============================================================
-unix_…      a frame over a worker's channel        `raw_unix`: length and bytes; `memcpy` (4 MB): a copy, no more
+shm_…       a frame over a channel that shares     `raw_unix`: length and bytes over a Unix socket, no more;
+            memory, as neighbours on a host do     `memcpy` (4 MB): a copy within a process, no more
+unix_…      a frame over a Unix socket             the same
 stream_1kb  a work item: added in a Lua call,      `raw_stream`: redis-py's XADD, XREADGROUP, XACK and XDEL on the
             pulled by its group, acknowledged      same server, which keeps every write on disk before it answers
-shm_…       not built yet                          –
 ==========  =====================================  ==============================================================
 
 From the moment before sending to the moment the other process has it (see `receivers`).
@@ -35,7 +36,7 @@ from lemix_benchmarks.receivers import (
     receive_work,
     receiver,
 )
-from lemix_benchmarks.report import Findings, Plan, Row, Skipped, Subject, Target, measure, ratio
+from lemix_benchmarks.report import Findings, Plan, Row, Subject, Target, measure, ratio
 from lemix_common.broker import Lua, connect
 from lemix_common.ids import WorkerId
 from lemix_common.messages import RunForward
@@ -45,17 +46,11 @@ from lemix_common.wire import TensorBuffer
 
 STREAM: Final = "stream_1kb"
 STREAM_BYTES: Final = 2**10
-SIZES: Final = {"unix_1kb": 2**10, "unix_4mb": 2**22}
+SIZES: Final = {"shm_1kb": 2**10, "shm_4mb": 2**22, "unix_1kb": 2**10, "unix_4mb": 2**22}
 MEMCPY_BYTES: Final = 2**20
 """Copying less takes no longer than reading the clock."""
-REPETITIONS: Final = {STREAM: 40, "unix_1kb": 200, "unix_4mb": 20}
-STREAM_LIMIT: Final = 1.5
-SKIPPED: Final = tuple(
-    Skipped(
-        case, "lemix", "the shared-memory transport is not built yet: neighbours on a host use Unix sockets"
-    )
-    for case in ("shm_1kb", "shm_4mb")
-)
+REPETITIONS: Final = {STREAM: 40, "shm_1kb": 200, "shm_4mb": 20, "unix_1kb": 200, "unix_4mb": 20}
+LIMITS: Final = {"shm_4mb_over_memcpy": 3.0, "shm_1kb_over_raw_unix": 3.0, "stream_over_raw_stream": 1.5}
 FRAME: Final = RunForward(
     node=0, stage=1, epoch=1, item="0123456789abcdef", attempt=1, version="0.0", position=0, wants="scores"
 )
@@ -69,23 +64,29 @@ def run(plan: Plan) -> Findings:
     rows: list[Row] = []
     for case, num_bytes in SIZES.items():
         payload = bytearray(random.Random(plan.seed).randbytes(num_bytes))
-        with _unix_subjects(case, payload, _repetitions(case, plan)) as subjects:
+        with _frame_subjects(case, payload, _repetitions(case, plan)) as subjects:
             rows += measure(subjects, rounds=rounds)
     with _stream_subjects(plan.seed, _repetitions(STREAM, plan)) as subjects:
         rows += measure(subjects, rounds=rounds)
-    over = ratio(rows, STREAM, "lemix", "raw_stream")
-    pairs = (("unix_1kb", "raw_unix"), ("unix_4mb", "raw_unix"), ("unix_4mb", "memcpy"))
-    ratios = {f"{case}_over_{peer}": ratio(rows, case, "lemix", peer) for case, peer in pairs}
+    ratios = {
+        f"{case}_over_{peer}": ratio(rows, case, "lemix", peer)
+        for case, num_bytes in SIZES.items()
+        for peer in _peers(num_bytes)
+    }
+    ratios["stream_over_raw_stream"] = ratio(rows, STREAM, "lemix", "raw_stream")
     return Findings(
         rounds=rounds,
         threads=1,
         model=None,
         rows=tuple(rows),
-        ratios={"stream_over_raw_stream": over} | ratios,
-        targets=(Target("stream_over_raw_stream", over, "<=", STREAM_LIMIT),),
-        skipped=SKIPPED,
+        ratios=ratios,
+        targets=tuple(Target(name, ratios[name], "<=", limit) for name, limit in LIMITS.items()),
         further={"repetitions": {case: _repetitions(case, plan) for case in REPETITIONS}},
     )
+
+
+def _peers(num_bytes: int) -> tuple[str, ...]:
+    return ("raw_unix", "memcpy") if num_bytes >= MEMCPY_BYTES else ("raw_unix",)
 
 
 def _repetitions(case: str, plan: Plan) -> int:
@@ -93,9 +94,10 @@ def _repetitions(case: str, plan: Plan) -> int:
 
 
 @contextmanager
-def _unix_subjects(case: str, payload: bytearray, repetitions: int) -> Iterator[list[Subject]]:
+def _frame_subjects(case: str, payload: bytearray, repetitions: int) -> Iterator[list[Subject]]:
     with tempfile.TemporaryDirectory(prefix="lemix-hop-") as directory, ExitStack() as stack:
-        framed = stack.enter_context(_channel(f"unix:{directory}/frames", payload))
+        scheme = case.partition("_")[0]
+        framed = stack.enter_context(_channel(f"{scheme}:{directory}/frames", payload))
         raw = stack.enter_context(_raw_socket(f"{directory}/bytes", payload))
         copied = bytearray(len(payload))
 
@@ -104,10 +106,10 @@ def _unix_subjects(case: str, payload: bytearray, repetitions: int) -> Iterator[
             copied[:] = payload
             return time.monotonic() - began
 
+        peers = {"raw_unix": raw, "memcpy": copy}
         yield [
             Subject(case, "lemix", framed, repetitions),
-            Subject(case, "raw_unix", raw, repetitions),
-            *([Subject(case, "memcpy", copy, repetitions)] if len(payload) >= MEMCPY_BYTES else []),
+            *(Subject(case, peer, peers[peer], repetitions) for peer in _peers(len(payload))),
         ]
 
 

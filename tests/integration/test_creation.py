@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -127,6 +131,36 @@ def test_a_node_with_items_is_not_given_up(broker: Broker, model: ModelFolder, t
     broker.client.xtrim(broker.keys.work(1), maxlen=0)
     create_cluster(broker, "redis://x", replace(two, nodes=1), model, directory)
     assert Cluster(broker).settings().nodes == 1
+
+
+def test_create_on_the_command_line(server: RunningBroker, model: ModelFolder, tmp_path: Path) -> None:
+    """What a coordinator's container runs first; without workers `status --check` fails."""
+
+    def lemix(*arguments: str) -> subprocess.CompletedProcess[str]:
+        known = {name: value for name, value in os.environ.items() if not name.startswith("LEMIX_")}
+        environment = known | {"LEMIX_DATA_DIR": str(tmp_path / "data")}
+        return subprocess.run(
+            [sys.executable, "-m", "lemix", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
+
+    create = ("create", "--model", str(model.path), "--stages", "2", "--cluster", "created")
+    refused = lemix(*create)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "give the --url of a running broker" in refused.stderr
+    created = lemix(*create, "--url", server.url)
+    assert created.returncode == 0, created.stderr
+    assert "cluster created: 1 nodes x 2 stages" in created.stdout
+    assert server.password not in created.stdout
+    checked = lemix("status", "--check", "--json")
+    assert (checked.returncode, json.loads(checked.stdout)["cluster"]) == (3, "created")
+    broker = connect(server.url, "created")
+    broker.client.flushall()
+    broker.client.close()
 
 
 # -------------------------------------------------------------------------------------------------------- joining

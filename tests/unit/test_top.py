@@ -116,7 +116,17 @@ def test_a_bar_is_as_long_as_its_cells() -> None:
 def test_a_status_fits_a_small_terminal() -> None:
     """Tables of 80 columns cut no name off."""
     text = shown(*status_tables(status()))
-    for part in (WORKER, "0.5 s ago", "silent", "300 of 1024 MiB", "shm", "25%", "50%", "because", "/metrics"):
+    for part in (
+        WORKER,
+        "0.5 s ago",
+        "silent",
+        "300 of 1024 MiB",
+        "shm",
+        "25%",
+        "50%",
+        "because",
+        "/metrics",
+    ):
         assert part in text
     assert "…" not in text
     assert all(line in text for line in summary(status()))
