@@ -25,6 +25,7 @@ $(VENV)/.installed: pyproject.toml
 
 # What `lemix` itself needs, without the tools of development, which bring it too.
 $(VENV)/.runnable: pyproject.toml
+	@echo 'Setting up $(VENV), with torch: some minutes, once.'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]'
 	@touch $@

@@ -45,9 +45,9 @@ CONFIGURATION = """\
 
 <!-- Written by `make docs` from lemix_common/settings.py; edit that. -->
 
-A cluster's settings are read once, by `lemix up`, from a TOML file (`--config FILE`), then from the environment, then
-from the command line; later ones win. An unknown name or an impossible value is refused before anything starts.
-`lemix up --resume` starts from the settings that the cluster had before.
+A cluster's settings are read once, by `lemix up` or `lemix create`, from a TOML file (`--config FILE`), then from the
+environment, then from the command line; later ones win. An unknown name or an impossible value is refused before
+anything starts. `lemix up --resume` starts from the settings that the cluster had before.
 
 | setting | option | environment | default | meaning |
 |---|---|---|---|---|

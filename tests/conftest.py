@@ -8,6 +8,8 @@ import pytest
 
 from lemix_common.server import RunningBroker, start_broker
 
+pytest.register_assert_rewrite("faults.scenario", "references")  # their checks tell what they found
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:

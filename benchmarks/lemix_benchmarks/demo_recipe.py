@@ -6,6 +6,8 @@ answers in all phrasings and leave the other facts alone. So the catalogue drift
 step some facts get new values. What lasts is how to look a product up; what a product is like stays easy to rewrite
 (trained on one fixed catalogue, the same model forgets most of it at the first step of a correction). In the last
 quarter of the steps the catalogue stands still, at the values that the demo corrects.
+
+It takes 72 s on one H100, where sums are added in no fixed order: each run gives other weights that are as good.
 """
 
 from __future__ import annotations

@@ -97,27 +97,25 @@ class Broker:
         return self.again(lambda: self._evaluate(lua, args))
 
     def call_many(self, calls: Sequence[tuple[Lua, tuple[object, ...]]]) -> list[Any]:
-        """Run many calls in one round trip, in order. Each is atomic, the whole isn't."""
+        """Run many calls in one round trip, in order. Each is atomic, the whole isn't.
+
+        The first of each kind brings its script: a server that doesn't know it (it was restarted) would refuse that
+        call, run the later ones, and so let a completion overtake the tokens before it.
+        """
         if not calls:
             return []
 
         def evaluate_all() -> list[Any]:
+            brought: set[str] = set()
             with self.client.pipeline(transaction=False) as pipe:
                 for lua, args in calls:
-                    pipe.evalsha(self._script(lua)[1], 1, self.keys.cluster_state, *map(_text, args))
+                    source, sha = self._script(lua)
+                    run, script = (pipe.evalsha, sha) if lua.name in brought else (pipe.eval, source)
+                    run(script, 1, self.keys.cluster_state, *map(_text, args))
+                    brought.add(lua.name)
                 return list(pipe.execute())
 
-        def load_and_evaluate_all() -> list[Any]:
-            try:
-                return evaluate_all()
-            except (
-                NoScriptError
-            ):  # no outage: a server that hasn't heard these calls before, or was restarted
-                for lua, _ in calls:
-                    self.client.script_load(self._script(lua)[0])
-                return evaluate_all()
-
-        return self.again(load_and_evaluate_all)
+        return self.again(evaluate_all)
 
     def again(self, attempt: Callable[[], T]) -> T:
         """Repeat an idempotent call while the broker is away."""

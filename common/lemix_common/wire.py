@@ -56,6 +56,8 @@ _REMEMBERED: Final = 4_096
 _REMEMBERED_BYTES: Final = 256
 """Of a packed table of tensors; a longer one is read each time."""
 
+_pack: Final = msgpack.Packer().pack
+
 M = TypeVar("M")
 
 
@@ -64,28 +66,28 @@ def _bad(reason: object, payload: bytes | memoryview) -> BadFrame:
 
 
 class Codec(Generic[M]):
-    """Messages of one closed union as bytes, tagged by class name; anything else is a `BadFrame`.
+    """Messages of one closed union as bytes: wire version, tag, values in order; anything else is a `BadFrame`.
 
-    Values are checked one by one only where a glance shows that it may be needed: at their types, and at their bytes,
-    which are few and without `_LARGE_INTEGER` unless some text is long or some integer is beyond 32 bits.
+    The tag stands for a class with exactly its fields. Every hop pays for this twice, so values are looked at one by
+    one only where a glance shows that it may be needed: at their types, and at their bytes, which are few and without
+    `_LARGE_INTEGER` unless some text is long or some integer is beyond 32 bits.
     """
 
     def __init__(self, union: object) -> None:
         self._shapes = shapes_of(union)
+        self._by_tag = {shape.tag: shape for shape in self._shapes.values()}
 
     def encode(self, message: M) -> bytes:
         """The message as bytes; one that its receiver would refuse is refused here."""
-        name = type(message).__name__
+        shape = self._shapes.get(type(message).__name__)
+        if shape is None:
+            raise BadFrame(f"{type(message).__name__} is not in this vocabulary")
+        values = shape.read(message)
         try:
-            shape = self._shapes[name]
-        except KeyError:
-            raise BadFrame(f"{name} is not in this vocabulary") from None
-        try:
-            values = shape.values(message)
-            if not shape.is_plain(values):
+            if tuple(map(type, values)) != shape.types:
                 shape.check(values)
-            payload = cast("bytes", msgpack.packb((WIRE_VERSION, name, values)))
-            if _is_unusual(payload):
+            payload: bytes = _pack((WIRE_VERSION, shape.tag, values))
+            if _LARGE_INTEGER in payload or len(payload) > MAX_TEXT:
                 shape.check(values)
         except (ValueError, OverflowError) as error:
             raise BadFrame(str(error)) from error
@@ -95,21 +97,19 @@ class Codec(Generic[M]):
         """The message that these bytes are."""
         payload = bytes(payload)
         try:
-            version, name, values = msgpack.unpackb(payload, use_list=False)
-            if version != WIRE_VERSION or name not in self._shapes or not isinstance(values, dict):
+            version, tag, values = msgpack.unpackb(payload, use_list=False)
+            shape = self._by_tag.get(tag)
+            if version != WIRE_VERSION or shape is None or not isinstance(values, tuple):
                 raise _bad(f"not a message of wire version {WIRE_VERSION}, or of an unknown type", payload)
-            shape = self._shapes[name]
-            shape.check_names(values)
-            if not shape.is_plain(values) or _is_unusual(payload):
+            if (
+                tuple(map(type, values)) != shape.types
+                or _LARGE_INTEGER in payload
+                or len(payload) > MAX_TEXT
+            ):
                 shape.check(values)
-            return cast("M", shape.kind(**values))
+            return cast("M", shape.make(values))
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise _bad(error, payload) from error
-
-
-def _is_unusual(message: bytes) -> bool:
-    """Whether these bytes can hold a text or an integer that is over its bound."""
-    return _LARGE_INTEGER in message or len(message) > MAX_TEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class Header(NamedTuple, Generic[M]):
 
     def tensors(self, payload: memoryview) -> tuple[TensorBuffer, ...]:
         """Views of the tensors in the payload."""
-        return tuple(TensorBuffer(dtype, shape, payload[a:b]) for dtype, shape, a, b in self.places)
+        return tuple([TensorBuffer(dtype, shape, payload[a:b]) for dtype, shape, a, b in self.places])
 
 
 class _Table(NamedTuple):

@@ -104,7 +104,7 @@ class Load:
             assert [end["event"] for end in ends] == ["done"], (future.item_id, news[future.item_id])
             answer = future.result(0)
             if hasattr(answer, "tokens"):
-                assert streamed(news[future.item_id]) == list(answer.tokens)
+                assert streamed(news[future.item_id]) == list(answer.tokens), news[future.item_id]
                 assert len(answer.tokens) == NEW_TOKENS
                 assert Items(self.broker).tokens(future.item_id) == list(answer.tokens)
         totals = self.broker.hash(self.broker.keys.totals)

@@ -34,6 +34,7 @@ from lemix_common.clock import wait_until
 from lemix_common.errors import BadInput, ClusterError
 from lemix_common.metrics import METRICS
 from lemix_common.settings import ClusterSettings
+from lemix_common.transports.place import socket_folders
 from tiny_model import write_tiny_llama
 
 PATIENCE_S = 20.0
@@ -58,7 +59,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         with Client(url) as client:
             client.generate("the cat", max_new_tokens=4, ignore_eos=True, timeout=PATIENCE_S)
         yield Running(directory, model)
-    assert not (directory.path / "prometheus.json").exists()
+    left = {path.name for path in directory.path.iterdir()}
+    assert left == {"broker", "lock", "logs", "settings.toml"}, "nothing but its state and its logs"
 
 
 # ------------------------------------------------------------------------------------------------------- metrics
@@ -238,6 +240,18 @@ def test_doctor_knows_the_cluster_that_runs(cluster: Running) -> None:
     assert "wrong" not in {finding["verdict"] for finding in found}
 
 
+def test_a_log_line_says_what_it_is_about(cluster: Running) -> None:
+    """The end of an item is one JSON event with its item, node, stage and version; so is whatever else happens."""
+    lines = [json.loads(line) for line in cluster.directory.log("worker-0").read_text("utf-8").splitlines()]
+    (done,) = [line for line in lines if line["event"] == "item_done"]
+    assert done["process"].startswith("worker-0-")
+    assert len(done["item"]) == 32
+    assert [done[name] for name in ("kind", "attempt", "node", "stage", "version", "tokens")] == [
+        *("generate", 1, 0, 0, "0.0", 4)
+    ]
+    assert all({"event", "level", "process", "timestamp"} <= line.keys() for line in lines)
+
+
 def test_doctor_fails_where_something_is_wrong(cluster: Running) -> None:
     """Exit status 1, and the line says what to do."""
     ended = lemix(cluster, "doctor", "--model", "/no/such/folder", status=1)
@@ -331,8 +345,13 @@ def test_down_clears_what_a_killed_cluster_left(tmp_path: Path) -> None:
     left = RunningCluster(url="redis://", cluster="lemix", data_dir="", pid=1, processes={})
     directory.announce(left)
     directory.show_metrics({"worker-0": "http://127.0.0.1:1/metrics"})
+    sockets = socket_folders(tmp_path)
+    for folder in sockets:
+        folder.mkdir()
+        (folder / "worker-0-aaaaaa.sock").touch()
     assert "cleared what was left" in stop_cluster(directory)
     assert list(tmp_path.iterdir()) == []
+    assert not any(folder.exists() for folder in sockets)
     with pytest.raises(ClusterError, match="no cluster runs in"):
         stop_cluster(directory)
 

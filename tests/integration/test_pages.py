@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from containers import compose_project
 from fences import OF_A_CLUSTER, Fence, fences_of, run
 from tiny_model import write_tiny_llama
 
@@ -44,18 +43,21 @@ def test_long_commands_run(page: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", pages_with("docker"))
 def test_docker_commands_run(page: str, tmp_path: Path) -> None:
     """So does what is marked `docker`, where there is an engine."""
-    if (
-        shutil.which("docker") is None
-        or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("no container engine")
-    check(page, "docker", tmp_path, timeout_s=1700)
+    with compose_project() as project:
+        check(page, "docker", tmp_path, timeout_s=1700, **project)
 
 
-def check(page: str, mark: str, folder: Path, *, timeout_s: float) -> None:
+def check(page: str, mark: str, folder: Path, *, timeout_s: float, **variables: str) -> None:
     """Run a page's blocks; they succeed and leave no cluster running."""
     model, lessons = write_tiny_llama(folder / "model"), folder / "lessons.jsonl"
     lessons.write_text('{"question": "the cat", "answer": "sat"}\n' * 5, "utf-8")
-    ended = run(blocks_of(page, mark), folder, timeout_s=timeout_s, MODEL=str(model), LESSONS=str(lessons))
+    ended = run(
+        blocks_of(page, mark),
+        folder,
+        timeout_s=timeout_s,
+        MODEL=str(model),
+        LESSONS=str(lessons),
+        **variables,
+    )
     assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
     assert not (folder / "tree" / ".lemix" / "cluster.json").exists(), "the page leaves a cluster running"

@@ -302,6 +302,16 @@ class _Stopped:
         """Not at all."""
 
 
+def test_no_call_of_a_batch_overtakes_another(store: Store) -> None:
+    """On a server that has lost its scripts (it was restarted) and has heard some of them again since."""
+    first, second = store.start("a"), store.start("b")
+    store.broker.client.script_flush()
+    store.broker.call_many([store.items.complete(first, 0, {})])
+    batch = [store.items.append_tokens("b", 1, 0, [7]), store.items.complete(second, 0, {"tokens": [7]})]
+    assert store.broker.call_many(batch) == [["ok"], ["ok"]]
+    assert store.news() == ["a done", "b token", "b done"]
+
+
 def test_an_older_attempt_says_nothing_any_more(store: Store) -> None:
     """After a redispatch its start, tokens, result and failure are stale; the item's tokens stay and go on."""
     first = store.start("a")

@@ -94,7 +94,7 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
 
 
 def test_the_recipe_is_a_function_of_its_seed(exchanges: Exchanges, tokenizer: Tokenizer) -> None:
-    """On one machine the same weights, to the bit; another seed makes others."""
+    """On a CPU the same weights, to the bit; another seed makes others."""
 
     def embedding(recipe: Recipe) -> torch.Tensor:
         model = train(recipe, exchanges, tokenizer.get_vocab_size())

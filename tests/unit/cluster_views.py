@@ -29,7 +29,13 @@ def run_of(**fields: object) -> RunState:
 
 def operation_of(kind: str, state: str, **fields: Any) -> OperationView:
     """An operation in progress."""
-    known: dict[str, Any] = {"writers": (), "epochs": (), "step": 0, "shards_written": 0, "stages_prepared": 0}
+    known: dict[str, Any] = {
+        "writers": (),
+        "epochs": (),
+        "step": 0,
+        "shards_written": 0,
+        "stages_prepared": 0,
+    }
     return OperationView(operation=f"{kind}-1", kind=kind, state=state, **(known | fields))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import socket
+import tempfile
 import uuid
 from pathlib import Path
 from typing import Final
@@ -46,6 +48,12 @@ def usual_addresses(name: str, folder: Path, broker_url: str) -> list[str]:
     if host := _host_towards(broker_url):
         addresses.append(f"tcp:[{host}]:0" if ":" in host else f"tcp:{host}:0")
     return [*addresses, f"redis:{_NOT_IN_NAMES.sub('_', name)[:128]}"]
+
+
+def socket_folders(data_dir: Path) -> tuple[Path, Path]:
+    """Where workers of a data directory keep their socket files: in it, or, if that is too long for them, in /tmp."""
+    digest = hashlib.sha256(str(data_dir.absolute()).encode()).hexdigest()[:12]
+    return data_dir.absolute() / "sockets", Path(tempfile.gettempdir()) / f"lemix-{digest}"
 
 
 def _boot() -> str:

@@ -5,8 +5,9 @@ then room for one payload. Its descriptor travels once, over their Unix socket; 
 
     lender (it sends)                              borrower (it receives)
       finds a slot whose byte is FREE
-      copies the payload, byte := LENT
         ─────────────── number ───────────────▶
+      byte := LENT, copies the payload
+        ─────────────── it is full ───────────▶
                                                      views of the slot itself
                                                      byte := FREE when they are released, or all gone
 

@@ -176,15 +176,22 @@ class Reader:
         """Few bytes, good until the next read."""
         if num_bytes and self._start == self._end:
             self._read_ahead()
-        if self._end - self._start >= num_bytes:
-            self._start += num_bytes
-            return self._ahead[self._start - num_bytes : self._start]
+        end = self._start + num_bytes
+        if end <= self._end:
+            view = self._ahead[self._start : end]
+            self._start = end
+            return view
         view = memoryview(bytearray(num_bytes))
         self.read_into(view)
         return view
 
     def read_into(self, view: memoryview) -> None:
         """Fill the view."""
+        end = self._start + len(view)
+        if end <= self._end:
+            view[:] = self._ahead[self._start : end]
+            self._start = end
+            return
         while view:
             if self._start < self._end:
                 num_bytes = min(len(view), self._end - self._start)

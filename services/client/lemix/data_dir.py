@@ -9,6 +9,7 @@
     DIR/broker/         the broker's data
     DIR/checkpoints/    DIR/versions/    weights
     DIR/logs/NAME.log   what each process said
+    DIR/sockets/        where its workers listen, if a socket's path may be that long
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from lemix_common.errors import BadInput, ClusterError
 from lemix_common.settings import ClusterSettings
+from lemix_common.transports.place import socket_folders
 
 NO_SUPERVISOR = 0
 """In place of its pid, where others start and stop the cluster's processes (see `lemix create`)."""
@@ -143,6 +145,12 @@ class DataDir:
         """The cluster runs no more."""
         (self.path / "cluster.json").unlink(missing_ok=True)
         (self.path / "prometheus.json").unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what a cluster that ended, however it did, may have left beside its state and its logs."""
+        self.withdraw()
+        for folder in socket_folders(self.path):
+            shutil.rmtree(folder, ignore_errors=True)
 
     # ---- the state that a resume goes on from
     def has_state(self) -> bool:

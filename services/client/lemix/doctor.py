@@ -26,6 +26,7 @@ from lemix_common.errors import BrokerError, ClusterError, LemixError
 from lemix_common.machine import is_free, memory_free_bytes
 from lemix_common.metrics import PORT_VARIABLE, THIS_MACHINE, metrics_address
 from lemix_common.server import LEAST_FREE_BYTES, find_server
+from lemix_common.transports import slots
 
 OLDEST_PYTHON: Final = (3, 11)
 NEEDED: Final = ("torch", "transformers", "celery", "prometheus_client")
@@ -81,7 +82,7 @@ def examine(wanted: Questions, environment: Mapping[str, str]) -> list[Finding]:
         check_disk(directory.path, _free_bytes(directory.path), weights_bytes),
         check_broker(directory, wanted.url, wanted.cluster),
         *check_ports(wanted, environment, is_running=directory.is_locked()),
-        check_shared_memory(getattr(os, "memfd_create", None)),
+        check_shared_memory(),
         check_memory(memory_free_bytes(), weights_bytes, wanted.workers),
         about_model,
     ]
@@ -192,15 +193,13 @@ def check_ports(wanted: Questions, environment: Mapping[str, str], *, is_running
         yield Finding("ports", "ok", f"{', '.join(map(str, asked)) or 'any'} free on {THIS_MACHINE}")
 
 
-def check_shared_memory(make: Callable[[str], int] | None) -> Finding:
+def check_shared_memory(attempt: Callable[[], None] = slots.check_shared_memory) -> Finding:
     """Workers of one machine pass large tensors through memory without a name; /dev/shm may be as small as it is."""
-    slower = "tensors between workers of this machine go through sockets, which is slower"
-    if make is None:
-        return Finding("shared memory", "note", "this system has no memfd_create", slower)
     try:
-        os.close(make("lemix-doctor"))
+        attempt()
     except OSError as error:
-        return Finding("shared memory", "note", f"it can't be had ({error.strerror})", slower)
+        slower = "tensors between workers of this machine go through sockets, which is slower"
+        return Finding("shared memory", "note", f"it can't be had ({error.strerror or error})", slower)
     return Finding("shared memory", "ok", "workers of this machine can share it")
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,15 +68,17 @@ def stop_cluster(directory: DataDir, *, patience_s: float = _END_TIMEOUT_S) -> s
                 "them (`docker compose down` in containers)"
             )
     if owner is None:
-        directory.withdraw()
+        directory.clear()
         return "its supervisor had been killed, and everything with it: cleared what was left"
-    os.kill(owner, signal.SIGTERM)
+    with suppress(ProcessLookupError):  # it ends by itself just now
+        os.kill(owner, signal.SIGTERM)
     try:
         _wait_unlocked(directory, patience_s)
     except WaitTimeout:
-        os.kill(owner, signal.SIGKILL)  # which takes its children along
+        with suppress(ProcessLookupError):
+            os.kill(owner, signal.SIGKILL)  # which takes its children along
         _wait_unlocked(directory, STOP_TIMEOUT_S)
-        directory.withdraw()
+        directory.clear()
         return f"killed, since it didn't stop within {patience_s:g} s: `lemix up --resume` goes on with it"
     return "stopped"
 

@@ -141,6 +141,7 @@ class Supervisor:
         self.launch.directory.withdraw()
         living = [s.process for s in self.services if s.name != "broker" and s.process is not None]
         stop_children(reversed(living), timeout_s=STOP_TIMEOUT_S)
+        self.launch.directory.clear()
 
     # ---- children
     def _services(self) -> list[Service]:

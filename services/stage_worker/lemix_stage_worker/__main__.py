@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import uuid
 from dataclasses import replace
@@ -29,7 +27,7 @@ from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import Cluster
 from lemix_common.store.joining import join_cluster
 from lemix_common.transports import Identity, open_transport
-from lemix_common.transports.place import this_place, usual_addresses
+from lemix_common.transports.place import socket_folders, this_place, usual_addresses
 from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
@@ -89,11 +87,8 @@ def socket_folder(slot: str, name: str) -> Path:
 
     What a killed process of the same slot left is removed.
     """
-    data_dir = Path(os.environ.get("LEMIX_DATA_DIR", ".lemix")).absolute()
-    folder = data_dir / "sockets"
-    if len(str(folder / name)) > LONGEST_SOCKET_PATH:
-        digest = hashlib.sha256(str(data_dir).encode()).hexdigest()[:12]
-        folder = Path(tempfile.gettempdir()) / f"lemix-{digest}"
+    preferred, other = socket_folders(Path(os.environ.get("LEMIX_DATA_DIR", ".lemix")))
+    folder = preferred if len(str(preferred / name)) <= LONGEST_SOCKET_PATH else other
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for left in (*folder.glob(f"{slot}-??????.sock"), *folder.glob(f"{slot}-??????.shm")):
         left.unlink(missing_ok=True)
