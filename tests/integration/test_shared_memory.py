@@ -153,7 +153,7 @@ def test_slots_of_other_sizes_make_room(site: Site, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(slots, "SLOT_BYTES", 2**20)
     before = shared_maps()
     near, far = site.pair()
-    for num_bytes, shared in ((2**18, True), (2**19, True), (2**20, True), (2**20 + 1, False), (2**17, True)):
+    for num_bytes, shared in ((2**18, True), (2**19, True), (2**20, True), (2**20 + 1, False), (2**18, True)):
         sending = site.run(partial(near.send, frame(), [tensor(num_bytes, fill=7)]))
         delivery = far.receive()
         sending.result(DEADLINE_S)

@@ -29,8 +29,8 @@ from lemix_common.transports.slots import Borrower, Lender, Slot
 from lemix_common.transports.streams import Reader, read_frame, send_all, without
 from lemix_common.wire import FRAMES, PRELUDE_BYTES
 
-INLINE_BYTES: Final = 2**16
-"""A payload up to this size is sooner through the socket."""
+INLINE_BYTES: Final = 2**17
+"""A payload up to this size is sooner through the socket: slots begin to pay between 128 and 256 KB."""
 _MAGIC: Final = b"Slot"
 _RECORD: Final = struct.Struct("<4sHHIQ")
 _VERSION: Final = 1

@@ -41,7 +41,7 @@ NUM_SLOTS: Final = 32
 """Of one direction of a channel, at most."""
 SLOT_BYTES: Final = 2**28
 """Of one direction of a channel, together at most."""
-_SMALLEST: Final = 2**17
+_SMALLEST: Final = 2**18
 _STATE_BYTES: Final = mmap.PAGESIZE
 _FREE, _LENT = 0, 1
 _COPY_BYTES: Final = 2**23
