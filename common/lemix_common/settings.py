@@ -69,7 +69,7 @@ class ClusterSettings:
     """Accepted items that have not ended; more are refused with QueueFull."""
     max_running: int = 16
     """Requests that run on a node at a time."""
-    max_deliveries: int = 5
+    max_deliveries: int = 20
     """Times an item may be started before it is dead-lettered."""
     result_ttl_s: float = 3600.0
     """How long results can be asked for."""
