@@ -61,7 +61,7 @@ class RedisTransport:
             "slow_transport",
             peer=channel.peer,
             address=address,
-            reason="tensors go through the broker: large ones take a hundred times longer than over a socket",
+            reason="tensors go through the broker: large ones take some fifty times longer than over a socket",
             instead="let both workers listen where the other can connect: --listen tcp:HOST:PORT",
         )
         return channel

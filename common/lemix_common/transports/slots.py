@@ -25,6 +25,7 @@ import ctypes
 import fcntl
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -37,8 +38,8 @@ from lemix_common.transports.pool import Lease
 
 log = structlog.get_logger()
 
-NUM_SLOTS: Final = 32
-"""Of one direction of a channel, at most."""
+NUM_SLOTS: Final = 16
+"""Of one direction of a channel, at most; each costs both ends a file descriptor before Python 3.13."""
 SLOT_BYTES: Final = 2**28
 """Of one direction of a channel, together at most."""
 _SMALLEST: Final = 2**18
@@ -228,4 +229,7 @@ def _is_sealed(descriptor: int, size: int) -> bool:
 
 
 def _map(descriptor: int, size: int) -> mmap.mmap:
-    return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+    if sys.version_info >= (3, 13):
+        return mmap.mmap(descriptor, size, flags=flags, trackfd=False)
+    return mmap.mmap(descriptor, size, flags=flags)
