@@ -31,7 +31,6 @@ def small_settings(folder: Path, **changes: object) -> ClusterSettings:
         "step_examples": STEP_EXAMPLES,
         "checkpoint_every": 2,
         "learning_rate": 1e-2,
-        "heartbeat_expiry_s": 1.0,
         "max_running": 3,
         "max_deliveries": 20,
     }
@@ -82,7 +81,7 @@ class Load:
         """Submit all steps' examples."""
         self.futures.extend(self.client.submit(example) for example in examples())
 
-    def settle(self, timeout_s: float = 20.0) -> None:
+    def settle(self, timeout_s: float = 25.0) -> None:
         """Start again whatever has died until every item has ended."""
 
         def all_ended() -> bool:

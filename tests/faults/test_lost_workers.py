@@ -131,7 +131,7 @@ def test_workers_killed_one_after_the_other(start: Start, undisturbed: str) -> N
 
 def test_a_living_worker_takes_over_where_none_comes(start: Start, undisturbed: str) -> None:
     """Without a fresh process a lost stage goes to a living worker after a while, which then hosts two."""
-    with start(stages=2, takeover_after_s=0.3) as (cluster, load):
+    with start(stages=2, takeover_after_s=0.3, heartbeat_expiry_s=1.0) as (cluster, load):
         load.serve()
         load.train()
         wait_until(lambda: committed(cluster.broker) >= 2, what="2 steps are committed", timeout_s=10)
@@ -143,7 +143,7 @@ def test_a_living_worker_takes_over_where_none_comes(start: Start, undisturbed: 
 
 def test_items_wait_for_a_stage_without_a_host(start: Start) -> None:
     """While nobody hosts a stage the node's items wait: none is failed, none is given up."""
-    with start(stages=2, max_deliveries=2) as (cluster, load):
+    with start(stages=2, max_deliveries=2, heartbeat_expiry_s=1.0) as (cluster, load):
         load.serve(20)
         cluster._bury(cluster.workers.pop("worker-1"))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.training import RunState, run_state
-from lemix_coordinator.view import ClusterView, NodeView, OperationView, StageView
+from lemix_coordinator.view import ClusterView, NodeView, OperationView, StageView, WorkerView
 
 
 def node_of(node: int, *steps: int | None, epoch: int = 1, ready: bool = True) -> NodeView:
@@ -54,7 +54,9 @@ def view_of(
     return ClusterView(
         settings=ClusterSettings(**(shape | settings)),
         is_stopping=is_stopping,
-        workers=(),
+        workers=tuple(
+            WorkerView(worker=stage.worker, is_dead=False) for node in nodes for stage in node.stages
+        ),
         nodes=tuple(nodes),
         run=run,
         served="0.0",

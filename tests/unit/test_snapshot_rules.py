@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lemix_coordinator.commands import AdvanceOperation, ChooseWriters, OpenSnapshot, RetireVersion
+from lemix_coordinator.coordinator import decide
 from lemix_coordinator.snapshots import snapshots
 from unit.cluster_views import node_of, operation_of, run_of, view_of
 
@@ -45,6 +46,15 @@ def test_a_checkpoint_is_due_every_so_many_steps() -> None:
     assert list(snapshots(view_of(TWO, run, checkpoint_every=4))) == []
     assert list(snapshots(view_of(TWO, run, checkpoint_every=3))) == [
         OpenSnapshot("checkpoint", (0, 0), (1, 1), "the last checkpoint is of step 1")
+    ]
+
+
+def test_one_checkpoint_does_for_two_reasons() -> None:
+    """A node needs the state in the same moment in which a checkpoint is due."""
+    nodes = [node_of(0, 4, 4), node_of(1, None, None, epoch=5)]
+    view = view_of(nodes, run_of(planned=9, committed=4, published=4, checkpoint=0), checkpoint_every=4)
+    assert list(decide(view)) == [
+        OpenSnapshot("checkpoint", (0, 0), (1, 1), "a node needs the training state")
     ]
 
 

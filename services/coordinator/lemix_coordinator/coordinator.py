@@ -313,6 +313,12 @@ def decide(view: ClusterView) -> Iterator[Command]:
     placed = list(place(view))
     yield from placed
     if not any(isinstance(command, PlaceNode) for command in placed):
-        yield from train(view)
-        yield from snapshots(view)
+        trained = list(train(view))
+        opened = {command.kind for command in trained if isinstance(command, OpenSnapshot)}
+        yield from trained
+        for command in snapshots(view):
+            if not (
+                isinstance(command, OpenSnapshot) and command.kind in opened
+            ):  # one does for both reasons
+                yield command
         yield from forget(view)
