@@ -86,7 +86,9 @@ def test_from_up_to_down(stack: Stack, tmp_path: Path) -> None:
     lessons = tmp_path / "lessons.jsonl"
     lessons.write_text('{"prompt": "the cat", "reference": "sat"}\n' * 4, "utf-8")
     mount = ["--volume", f"{lessons}:/lessons.jsonl:ro"]
-    stack.compose("run", "--rm", "-T", *mount, "client", "lemix", "train", "/lessons.jsonl", "--wait")
+    stack.compose(
+        "run", "--rm", "--no-deps", "-T", *mount, "client", "lemix", "train", "/lessons.jsonl", "--wait"
+    )
     learned = stack.answer()
     assert learned["weights_version"] == "0.2"
 
