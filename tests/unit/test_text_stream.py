@@ -54,6 +54,13 @@ def test_a_word_after_the_prompt_keeps_its_space() -> None:
     assert text_of(WORDS.decode, [], [there]) == "there"
 
 
+def test_a_prompt_of_one_space_is_a_beginning() -> None:
+    """The decoder drops a text's first space; if that is the whole prompt, a second one is generated text."""
+    space = list(WORDS.reference_ids(" "))
+    assert WORDS.decode(space) == ""
+    assert text_of(WORDS.decode, last_piece(WORDS.decode, space), space) == " "
+
+
 def test_half_a_character_is_shown_at_the_end_only() -> None:
     """What will never be completed is shown as what it is."""
     half = list(BYTES.reference_ids("é"))[:1]

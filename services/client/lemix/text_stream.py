@@ -47,12 +47,19 @@ class TextStream:
 
 
 def last_piece(decode: Decode, prompt: Sequence[int]) -> tuple[int, ...]:
-    """The fewest last tokens of a prompt that are a text of whole characters; none if its end isn't one."""
+    """The fewest last tokens of a prompt that are a text of whole characters; none if its end isn't one.
+
+    Tokens that the decoder drops at a text's beginning (a prompt that is one space) stay, so that what follows isn't
+    taken for the beginning.
+    """
+    whole: tuple[int, ...] = ()
     for length in range(1, min(len(prompt), _LONGEST_PIECE) + 1):
         text = decode(prompt[-length:])
-        if text and _HALF_CHARACTER not in text:
-            return tuple(prompt[-length:])
-    return ()
+        if _HALF_CHARACTER not in text:
+            whole = tuple(prompt[-length:])
+            if text:
+                break
+    return whole
 
 
 def text_of(decode: Decode, prompt_end: Sequence[int], tokens: Sequence[int]) -> str:
