@@ -83,9 +83,18 @@ def _session(command: str, output: str) -> str:
     return f"diff --ignore-blank-lines {wanted} <({command}) >&2"
 
 
-def run(
-    blocks: Sequence[Fence], folder: Path, *, timeout_s: float, **variables: str
-) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of a page's blocks."""
+
+    status: int
+    shown: str
+    """The end of what they printed."""
+    clusters_left: list[str]
+    """Data directories of clusters that still ran; they are stopped now."""
+
+
+def run(blocks: Sequence[Fence], folder: Path, *, timeout_s: float, **variables: str) -> Ended:
     """Run a page's blocks in a copy of the tree, with an empty home and our programs on PATH."""
     tree, home = folder / "tree", folder / "home"
     home.mkdir()
@@ -97,7 +106,7 @@ def run(
         "COLUMNS": "120",
     }
     try:
-        return subprocess.run(
+        ended = subprocess.run(
             ["bash", "-c", script(blocks)],
             cwd=tree,
             env=environment | variables,
@@ -106,10 +115,17 @@ def run(
             timeout=timeout_s,
             check=False,
         )
+        left = [data_dir.name for data_dir in clusters_in(tree)]
+        return Ended(ended.returncode, f"{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}", left)
     finally:
-        if (tree / ".lemix").exists():  # of a page that failed halfway
-            command = [sys.executable, "-m", "lemix", "down"]
+        for data_dir in tree.glob(".lemix*"):  # a cluster that still starts is stopped too
+            command = [sys.executable, "-m", "lemix", "down", "--data-dir", str(data_dir)]
             subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=120, check=False)
+
+
+def clusters_in(tree: Path) -> list[Path]:
+    """Data directories of the clusters that a page has started and not stopped."""
+    return sorted(found.parent for found in tree.glob(".lemix*/cluster.json"))
 
 
 def copy_tree(target: Path) -> None:

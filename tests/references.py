@@ -95,11 +95,19 @@ def train_whole(
     step_examples: int,
     learning_rate: float,
     weight_decay: float,
+    delay: int = 0,
 ) -> dict[str, Tensor]:
-    """The plain loop: one model, one process, one microbatch an example, torch's AdamW."""
+    """The plain loop: one model, one process, one microbatch an example, torch's AdamW.
+
+    With a ``delay`` of 1 each step's gradients are those of the version before the newest.
+    """
     model = whole_model(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    kept = [_copy(model)]
     for start in range(0, len(examples), step_examples):
+        newest = _copy(model)
+        kept = [*kept, newest][-1 - delay :]
+        _load(model, kept[0])
         step = [example.ids for example in examples[start : start + step_examples]]
         num_targets = sum(len(reference) for _, reference in step)
         for prompt, reference in step:
@@ -107,9 +115,20 @@ def train_whole(
             predicted = logits_TV[len(prompt) - 1 : -1]
             loss = functional.cross_entropy(predicted, torch.tensor(reference), reduction="sum") / num_targets
             torch.autograd.backward(loss)
+        _load(model, newest)
         optimizer.step()
         optimizer.zero_grad()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _copy(model: PreTrainedModel) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@torch.no_grad()
+def _load(model: PreTrainedModel, values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(model.parameters(), values, strict=True):
+        parameter.copy_(value)
 
 
 def relative_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

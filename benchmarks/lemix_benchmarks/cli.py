@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lemix.cli.errors import EXIT_TARGET_MISSED, clear_errors
-from lemix_benchmarks.report import Findings, Plan, report
+from lemix_benchmarks.report import SECONDS, Findings, Plan, report
 from lemix_common.errors import BadInput
 from lemix_common.logs import configure_logs
 
-BENCHES = ("hop", "prefill")
-NOT_BUILT = ("train", "decode", "tax", "scheduler", "migrate", "gpu")
+BENCHES = ("hop", "prefill", "train")
+NOT_BUILT = ("decode", "tax", "scheduler", "migrate", "gpu")
 
 
 def register(app: typer.Typer) -> None:
@@ -64,7 +64,12 @@ def run_bench(name: str, plan: Plan) -> Findings:
 def report_tables(found: Mapping[str, Any]) -> list[Table]:
     """The same for a reader."""
     subjects = [
-        [row["case"], row["subject"], _time(row["median"]), _time(row["p99"]), len(row["samples"])]
+        [
+            row["case"],
+            row["subject"],
+            *(_figure(row[name], row["unit"]) for name in ("median", "p99")),
+            len(row["samples"]),
+        ]
         for row in found["rows"]
     ]
     limits = {target["name"]: target for target in found["targets"]}
@@ -84,8 +89,10 @@ def _verdict(target: Mapping[str, Any] | None) -> tuple[str, str]:
     return f"{target['op']} {target['limit']:g}", "yes" if target["met"] else "no"
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.1f} µs"
+def _figure(value: float, unit: str) -> str:
+    if unit != SECONDS:
+        return f"{value:,.1f} {unit}"
+    return f"{value * 1e3:.2f} ms" if value >= 1e-3 else f"{value * 1e6:.1f} µs"
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:

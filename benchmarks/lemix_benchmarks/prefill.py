@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from lemix import Client
 from lemix.items import ScoreItem
 from lemix.running import running_cluster
+from lemix_benchmarks.batches import Example
 from lemix_benchmarks.model import BENCH_MODEL, VOCABULARY, read_bench_model, write_bench_model
 from lemix_benchmarks.report import Findings, Plan, Subject, Target, measure, ratio
 from lemix_common.errors import ClusterError
@@ -37,14 +37,6 @@ TOLERANCE: Final = 1e-5
 LIMIT: Final = 1.10
 _TIMEOUT_S: Final = 60.0
 _WARM_UPS: Final = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """What is scored: the reference's tokens, after the prompt's."""
-
-    prompt: tuple[int, ...]
-    reference: tuple[int, ...]
 
 
 def run(plan: Plan) -> Findings:

@@ -38,9 +38,10 @@ class Subject:
     case: str
     name: str
     once: Callable[[], float]
-    """Do it once; the seconds it took."""
+    """Do it once; what that measured."""
     repetitions: int = 1
     """In each round, whose sample is their median."""
+    unit: str = SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +128,9 @@ def measure(subjects: Sequence[Subject], *, rounds: int, warm_ups: int = 10) -> 
     for order in _orders(subjects, rounds):
         for subject in order:
             samples[subject].append(median(subject.once() for _ in range(subject.repetitions)))
-    return tuple(Row(subject.case, subject.name, tuple(taken)) for subject, taken in samples.items())
+    return tuple(
+        Row(subject.case, subject.name, tuple(taken), subject.unit) for subject, taken in samples.items()
+    )
 
 
 def ratio(rows: Sequence[Row], case: str, subject: str, peer: str) -> float:

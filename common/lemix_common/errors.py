@@ -26,6 +26,7 @@
     │   └── BadFrame             unknown tag or version, wrong size, over a limit
     ├── Fenced                   ours: an older leader, epoch or attempt; drop the work
     └── ClusterError             a process or a stage of this cluster can't work, with its reason
+        └── WeightsDamaged       a checkpoint or version on disk isn't what was sealed
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class QueueFull(Refused):
 
 
 class ShuttingDown(Refused):
-    """The cluster is stopping and takes no new items."""
+    """The cluster is stopping: it takes no new items and serves no new weights, until it goes on."""
 
 
 class ItemError(LemixError):
@@ -130,3 +131,7 @@ class Fenced(LemixError):
 
 class ClusterError(LemixError):
     """A process or stage of this cluster can't do its work."""
+
+
+class WeightsDamaged(ClusterError):
+    """A checkpoint or version on disk isn't what was sealed; nothing of it was used."""

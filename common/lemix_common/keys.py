@@ -151,8 +151,12 @@ class Keys:
 
     # ---- training
     def run(self, run: str) -> str:
-        """Hash: lineage, planned, committed, checkpoint, attempt, members, flush_until."""
+        """Hash: lineage, base (its first step), planned, committed, checkpoint, attempt, members, flushes, refused."""
         return self._key("run", run)
+
+    def checkpoints(self, run: str) -> str:
+        """Hash: version to directory of each checkpoint that can be gone back to (empty: the model's own folder)."""
+        return self._key("run", run, "checkpoints")
 
     def examples(self, run: str) -> str:
         """Stream: the training examples in submission order."""
@@ -162,14 +166,14 @@ class Keys:
         """Hash: what a planned step consists of."""
         return self._key("run", run, "step", step)
 
-    def step_ready(self, run: str) -> str:
-        """Hash: node:stage to reported losses, of the attempt in progress."""
-        return self._key("run", run, "ready")
+    def step_ready(self, run: str, step: int) -> str:
+        """Hash: node:stage to what it reported of the step's gradients, in the attempt in progress."""
+        return self._key("run", run, "ready", step)
 
     # ---- versions and operations
     @property
     def versions(self) -> str:
-        """Hash: served, draining."""
+        """Hash: served, draining, preparing."""
         return self._key("versions")
 
     @property
@@ -183,7 +187,7 @@ class Keys:
         return self._key("versions", "log")
 
     def version(self, version: object) -> str:
-        """Hash: directory, sha256, step, published_at, prepared:N:S."""
+        """Hash: directory, sha256, step, operation (that made it), published_at, prepared:N:S."""
         return self._key("version", version)
 
     @property

@@ -83,7 +83,7 @@ class ForwardFailed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainForward:
-    """One microbatch of a planned step on the next stage. Tensors: hidden_BTD, targets_T (-100: not in the loss)."""
+    """One microbatch of a planned step on the next stage. Tensors: hidden_BTD, targets_BT (-100: not in the loss)."""
 
     node: int
     stage: int
@@ -93,6 +93,7 @@ class TrainForward:
     attempt: int
     microbatch: int
     version: str
+    lengths: tuple[int, ...]  # tokens of each example packed into it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,12 +178,16 @@ class LinkLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStep:
-    """Compute a planned step: virtual shard ``i`` on node ``shard_nodes[i]``; all ``members`` take the sum."""
+    """Compute a planned step: virtual shard ``i`` on node ``shard_nodes[i]``; all ``members`` take the sum.
+
+    An attempt that is known already goes on with this step.
+    """
 
     run: str
     step: int
     attempt: int
     lineage: int
+    weights: int  # it is computed on the version that this step made
     shard_nodes: tuple[int, ...]
     members: tuple[int, ...]
     epochs: tuple[int, ...]  # the members' placement epochs
@@ -201,7 +206,7 @@ class StepCommitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRejected:
-    """A loss or gradient of the attempt wasn't finite: the step is computed again without these microbatches."""
+    """A loss or gradient of the attempt wasn't finite: the step is computed again without these examples, or in smaller parts."""
 
     run: str
     step: int
@@ -232,6 +237,15 @@ class LoadTraining:
     directory: str
     nodes: tuple[int, ...]
     epochs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRefused:
+    """A stage can't take its training state from the newest checkpoint, with the reason."""
+
+    run: str
+    directory: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,6 +319,7 @@ Notice = (
     | StepRejected
     | WriteShards
     | LoadTraining
+    | TrainingRefused
     | PrepareVersion
     | VersionPublished
     | VersionRetired

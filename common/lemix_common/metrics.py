@@ -112,7 +112,7 @@ BLOCKED_TIME: Final = Metric(
     name="lemix_training_blocked_seconds_total",
     kind="counter",
     shown_by="the leader",
-    meaning="Time that requests' ready steps waited behind training, over all stages.",
+    meaning="Time that ready steps of requests that are done waited behind training, over all stages.",
 )
 NODES: Final = Metric(
     name="lemix_nodes",

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lemix_common.errors import SettingsError
+from lemix_common.schedules.orders import SCHEDULES
 
 POLICIES = ("naive-mix", "separate", "random")
 OPTIMIZERS = ("adamw", "sgd")
-SCHEDULES = ("constant", "linear", "cosine")
+LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
+DTYPES = ("", "float32", "bfloat16", "float64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +40,19 @@ class ClusterSettings:
     training_share: float = 0.5
     """For `separate`: the share of nodes that train."""
     step_examples: int = 8
-    """Training examples of one optimizer step."""
+    """Training examples of one optimizer step, at most."""
+    step_tokens: int = 0
+    """Tokens of one optimizer step, at most; 0: only examples are counted."""
+    microbatches: int = 0
+    """Microbatches that a step's examples are packed into, of about as many tokens each; 0: see `microbatch_tokens`."""
+    microbatch_tokens: int = 0
+    """Tokens that are packed into one microbatch, at most; 0: each example is one of its own."""
+    schedule: str = "1f1b"
+    """Which stage does what when in a step: gpipe, 1f1b, interleaved, zero-bubble or a-pp."""
+    recompute: bool = False
+    """Keep only the inputs of layers for the backward and compute the rest again: less memory, a third more time."""
+    dtype: str = ""
+    """What weights are computed in: float32, bfloat16 (trained with float32 masters) or float64; empty: the model's."""
     max_step_wait_s: float = 0.0
     """Plan a partial step when its oldest example has waited this long; 0: only on flush."""
     learning_rate: float = 1e-4
@@ -69,8 +83,8 @@ class ClusterSettings:
     """Accepted items that have not ended; more are refused with QueueFull."""
     max_running: int = 16
     """Requests that run on a node at a time."""
-    max_deliveries: int = 20
-    """Times an item may be started before it is dead-lettered."""
+    max_deliveries: int = 5
+    """Times in a row that an item may lose its stages without having got further, before it is dead-lettered."""
     result_ttl_s: float = 3600.0
     """How long results can be asked for."""
     heartbeat_expiry_s: float = 3.0
@@ -86,6 +100,9 @@ class ClusterSettings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (
             "workers",
+            "step_tokens",
+            "microbatches",
+            "microbatch_tokens",
             "seed",
             "weight_decay",
             "max_step_wait_s",
@@ -98,8 +115,9 @@ class ClusterSettings:
             _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
         _require(self.policy in POLICIES, "policy", self.policy, "one of " + ", ".join(POLICIES))
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, "one of " + ", ".join(OPTIMIZERS))
-        schedule = self.learning_rate_schedule
-        _require(schedule in SCHEDULES, "learning_rate_schedule", schedule, "one of " + ", ".join(SCHEDULES))
+        self._check_schedule()
+        schedule, known = self.learning_rate_schedule, LEARNING_RATE_SCHEDULES
+        _require(schedule in known, "learning_rate_schedule", schedule, "one of " + ", ".join(known))
         _require(
             schedule == "constant" or self.schedule_steps > self.warmup_steps,
             "schedule_steps",
@@ -116,10 +134,43 @@ class ClusterSettings:
             )
         _require(self.workers <= self.nodes * self.stages, "workers", self.workers, "at most nodes x stages")
 
+    def _check_schedule(self) -> None:
+        _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(filter(None, DTYPES)))
+        _require(
+            not (self.microbatches and self.microbatch_tokens),
+            "microbatch_tokens",
+            self.microbatch_tokens,
+            "0 where the number of microbatches is given",
+        )
+        _require(self.schedule in SCHEDULES, "schedule", self.schedule, "one of " + ", ".join(SCHEDULES))
+        if self.schedule == "a-pp":
+            _require(not self.microbatch_tokens, "microbatch_tokens", self.microbatch_tokens, "0 with a-pp")
+            microbatches = min(self.step_examples, self.microbatches or self.step_examples)
+            _require(
+                microbatches >= self.stages * self.nodes,
+                "microbatches" if self.microbatches else "step_examples",
+                microbatches,
+                f"at least stages x nodes ({self.stages * self.nodes}) with a-pp, or it would wait for its weights",
+            )
+        if self.schedule == "interleaved":
+            _require(
+                self.num_workers % self.nodes == 0
+                and self.stages % (each := self.num_workers // self.nodes) == 0
+                and self.stages > each,
+                "workers",
+                self.workers,
+                "so many that each has two or more stages of one node, the same number on all, with interleaved",
+            )
+
     @property
     def num_workers(self) -> int:
         """Worker processes to start."""
         return self.workers or self.nodes * self.stages
+
+    @property
+    def overlaps_steps(self) -> bool:
+        """A step begins before the one before is committed, on weights one version older."""
+        return self.schedule == "a-pp"
 
     @property
     def training_nodes(self) -> tuple[int, ...]:
@@ -157,13 +208,22 @@ def settings_from(values: Mapping[str, object], *, where: str) -> dict[str, Any]
         if name not in kinds:
             raise SettingsError(f"{where}: unknown setting {name!r} (known: {', '.join(sorted(kinds))})")
         try:
-            typed[name] = kinds[name](value)
+            typed[name] = _flag(value) if kinds[name] is bool else kinds[name](value)
         except (TypeError, ValueError):
             raise SettingsError(f"{where}: {name} = {value!r} is not {_A[kinds[name]]}") from None
     return typed
 
 
-_A = {int: "a whole number", float: "a number", str: "a text"}
+def _flag(value: object) -> bool:
+    """A switch as text: str(True) comes back from Redis."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    try:
+        return known[str(value).lower()]
+    except KeyError:
+        raise ValueError(value) from None
+
+
+_A = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 _NOT_SETTINGS = {
     *("LEMIX_URL", "LEMIX_CLUSTER", "LEMIX_DATA_DIR", "LEMIX_LOG_LEVEL"),
     *("LEMIX_METRICS_HOST", "LEMIX_METRICS_PORT"),

@@ -1,8 +1,9 @@
 """Drive a cluster with a workload in real time and gather everything a report needs.
 
 The loop is open: items are submitted when they are due, whatever became of the earlier ones, and always in the trace's
-order. While the broker is away the item that is due is submitted again, under the same id, until it is accepted or
-refused; the next ones are late then, and the report says by how much.
+order. While the broker is away, or the cluster closed since its coordinator is being replaced, the item that is due is
+submitted again, under the same id, until it is accepted or refused; the next ones are late then, and the report says by
+how much.
 """
 
 from __future__ import annotations
@@ -12,17 +13,18 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import structlog
 
 from lemix import Client, Future
 from lemix.connection import Connection
 from lemix.items import TrainItem
+from lemix.reopening import until_open
 from lemix.replies import Reply
 from lemix_common.broker import Broker
 from lemix_common.clock import Clock, wait_until
-from lemix_common.errors import BrokerUnreachable, QueueFull, WaitTimeout
+from lemix_common.errors import BrokerUnreachable, QueueFull, ShuttingDown, WaitTimeout
 from lemix_common.ids import Version
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.training import Training
@@ -34,11 +36,12 @@ from lemix_studies.spans import Span, SpanTail
 from lemix_studies.workload import PlannedArrival
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 NO_NEWS_S = 180.0
 """A cluster that says nothing for this long is given up; what has no end then is lost."""
 PATIENCE_S = 600.0
-"""How long a broker may be away."""
+"""How long a broker may be away, or a cluster closed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +103,7 @@ class Replay:
 
     def finish(self) -> None:
         """Flush, and wait for every end, as long as the cluster says something."""
-        self._while_there_is_news(lambda: self.client.flush(NO_NEWS_S))
+        self._while_there_is_news(lambda: self._until_open(lambda: self.client.flush(NO_NEWS_S)))
         self._while_there_is_news(
             lambda: wait_until(
                 lambda: all(future.done() for future in self.futures.values()),
@@ -119,12 +122,15 @@ class Replay:
             seen = len(self.history.events)
             try:
                 attempt()
-            except (WaitTimeout, BrokerUnreachable) as error:
+            except (WaitTimeout, BrokerUnreachable, ShuttingDown) as error:
                 log.warning("replay_waits", reason=str(error))
                 if len(self.history.events) == seen:
                     return
             else:
                 return
+
+    def _until_open(self, attempt: Callable[[], T]) -> T:
+        return until_open(attempt, clock=self.clock, patience_s=PATIENCE_S)
 
     def _submit(self, arrival: PlannedArrival) -> None:
         item = arrival.item(self.prefix)
@@ -133,7 +139,7 @@ class Replay:
         self.history.record("submitted", item_id)
         while True:
             try:
-                self.futures[item_id] = self.client.submit(item)
+                self.futures[item_id] = self._until_open(lambda: self.client.submit(item))
             except QueueFull as full:
                 self.history.record("refused", item_id)
                 if not isinstance(item, TrainItem):

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
-from fences import COMMANDS, EXEMPT, MARKS, OF_A_CLUSTER, Fence, fences, fences_of, script, sessions
+from fences import (
+    COMMANDS,
+    EXEMPT,
+    MARKS,
+    OF_A_CLUSTER,
+    Fence,
+    clusters_in,
+    fences,
+    fences_of,
+    script,
+    sessions,
+)
 
 PAGE = """\
 Say:
@@ -69,6 +81,15 @@ def test_what_a_console_shows_is_compared() -> None:
     assert status_of(right) == 0
     assert status_of("$ echo a\nb\n") != 0
     assert status_of("$ echo a\na\n$ echo c\nb\n") != 0
+
+
+def test_a_cluster_that_a_page_leaves_is_found(tmp_path: Path) -> None:
+    """In the default data directory or in one beside it, as the tutorial has; one that was stopped is none."""
+    for name, is_running in ((".lemix", False), (".lemix-mine", True)):
+        (tmp_path / name).mkdir()
+        if is_running:
+            (tmp_path / name / "cluster.json").touch()
+    assert clusters_in(tmp_path) == [tmp_path / ".lemix-mine"]
 
 
 def status_of(console: str) -> int:

@@ -32,7 +32,6 @@ def small_settings(folder: Path, **changes: object) -> ClusterSettings:
         "checkpoint_every": 2,
         "learning_rate": 1e-2,
         "max_running": 3,
-        "max_deliveries": 20,
     }
     return ClusterSettings(model=str(folder), **(settings | changes))
 

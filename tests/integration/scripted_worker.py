@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lemix_common.broker import Broker, Entry
+from lemix_common.ids import BASE_VERSION
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import STAGE_0, Items, StartedItem
 from lemix_common.store.training import GradientReport, PlannedStep, Training
@@ -72,7 +73,7 @@ class ScriptedWorker:
         cluster.place(epoch, 0, [NAME])
         placed = int(cluster.nodes(1)[0]["epoch"])
         cluster.stage_ready(
-            NAME, node=0, stage=0, epoch=placed, training=0, versions=["0.0"], layers=[0, 3], memory_bytes=10
+            NAME, node=0, stage=0, epoch=placed, training=BASE_VERSION, versions=["0.0"], layers=[0, 3], memory_bytes=10
         )
         self.is_placed = True
 
@@ -157,7 +158,7 @@ class ScriptedWorker:
         training = Training(self.broker, MAIN_RUN)
         run = training.state()
         queued = training.queued_examples(2)
-        flushed = [entry for entry in queued if _order(entry.id) <= _order(run.flush_until or "0-0")]
+        flushed = [entry for entry in queued if _order(entry.id) <= _order(next(iter(run.flushes), "0-0"))]
         chosen = queued if len(queued) == 2 else flushed
         if not chosen:
             return
@@ -165,6 +166,7 @@ class ScriptedWorker:
             run=MAIN_RUN,
             step=run.planned + 1,
             items=tuple(entry.fields["item"] for entry in chosen),
+            cuts=(1,) * len(chosen),
             shards=tuple(range(len(chosen))),
             reference_tokens=1,
             learning_rate=0.1,
@@ -174,7 +176,13 @@ class ScriptedWorker:
         training.plan(self.leader_epoch, step, cursor=chosen[-1].id)
         epoch = int(Cluster(self.broker).nodes(1)[0]["epoch"])
         training.start_step(
-            self.leader_epoch, step.step, members=[0], epochs=[epoch], shard_nodes=[0], seen=training.state()
+            self.leader_epoch,
+            step.step,
+            weights=step.step - 1,
+            members=[0],
+            epochs=[epoch],
+            shard_nodes=[0],
+            seen=training.state(),
         )
         attempt = training.state().attempt
         ready = training.gradients_ready(
@@ -191,7 +199,7 @@ class ScriptedWorker:
         versions, operation, version = Versions(self.broker), f"publish-{step}", f"0.{step}"
         versions.open(operation, "publish", run=MAIN_RUN, root="", writers=[0], epochs=[epoch])
         versions.write_shards(operation)
-        versions.prepare(operation, "", "")
+        versions.prepare(operation, "", "", written=versions.operation(operation)["directory"])
         versions.prepared(version, node=0, stage=0, epoch=epoch)
         assert versions.publish(operation) in {"ok", "stale"}  # stale: done, but the broker's answer was lost
         versions.retire(self.leader_epoch)

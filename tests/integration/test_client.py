@@ -138,6 +138,15 @@ def test_a_stopping_cluster_refuses_items(client: Client, worker: ScriptedWorker
         client.submit(ScoreItem([], [2]))
 
 
+def test_a_stopping_cluster_ends_a_flush(client: Client, worker: ScriptedWorker) -> None:
+    """What was queued is kept, and won't be served before the cluster opens again: the wait says so at once."""
+    client.train("a", "b")
+    Cluster(worker.broker).stop_accepting()
+    with pytest.raises(ShuttingDown, match="what was submitted is kept"):
+        client.flush(SOON_S)
+    assert client.status()["queues"]["examples"]["depth"] == 1
+
+
 def test_an_over_long_request_is_refused_before_the_queue(client: Client) -> None:
     """The error names both lengths; the cluster never sees the item."""
     with pytest.raises(OverLong, match="60 prompt \\+ 9 new tokens = 69, but the model's context is 64"):

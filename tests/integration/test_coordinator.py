@@ -13,6 +13,7 @@ from integration.scripted_worker import BYTES_TOKENIZER, MODEL
 from lemix_common.broker import Broker
 from lemix_common.clock import ManualClock
 from lemix_common.errors import Fenced
+from lemix_common.ids import BASE_VERSION
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import COORDINATORS, STAGE_0, Items
@@ -77,7 +78,7 @@ class Scene:
                     node=node,
                     stage=stage,
                     epoch=int(fields["epoch"]),
-                    training=0,
+                    training=BASE_VERSION,
                     versions=["0.0"],
                     layers=[0, 1],
                     memory_bytes=1,

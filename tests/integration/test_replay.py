@@ -4,6 +4,7 @@ import io
 import json
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,10 +12,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from integration.places import Place
-from integration.scripted_worker import BYTES_TOKENIZER, SPAN_S, ScriptedWorker
+from integration.scripted_worker import BYTES_TOKENIZER, MODEL, SPAN_S, ScriptedWorker
+from lemix import Client
 from lemix.connection import connection_over
 from lemix_common.broker import Broker
-from lemix_studies.replay import Outcome, run_replay
+from lemix_common.clock import SystemClock
+from lemix_common.store.cluster import Cluster
+from lemix_studies.history import History
+from lemix_studies.replay import Outcome, Replay, run_replay
 from lemix_studies.report import report_directory, summary_of, write_report
 from lemix_studies.texts import Texts
 from lemix_studies.traces import TraceLine
@@ -137,3 +142,41 @@ def test_a_broker_restart_loses_and_doubles_nothing(
     summary = summary_of(outcome, OPTIONS, tmp_path)
     assert [summary[name] for name in ("done", "lost", "duplicated")] == [22, 0, 0]
     assert [item for step in outcome.steps for item in step.items] == [f"r-{k:06d}" for k in range(0, 22, 4)]
+
+
+class Reopening(SystemClock):
+    """A clock on which no time passes: who sleeps finds the cluster open again."""
+
+    def __init__(self, reopen: Callable[[], None]) -> None:
+        self.reopen = reopen
+        self.num_sleeps = 0
+
+    def sleep(self, seconds: float) -> None:
+        """Open it."""
+        assert seconds > 0
+        self.num_sleeps += 1
+        self.reopen()
+
+
+def test_a_cluster_that_closes_for_a_while_loses_nothing(broker: Broker, worker: ScriptedWorker) -> None:
+    """As while a coordinator's container is replaced: the item that is due, and the flush, are asked for again."""
+    cluster, settings = Cluster(broker), Cluster(broker).settings()
+
+    def reopen() -> None:
+        cluster.create(settings, MODEL, BYTES_TOKENIZER)
+        if history.events[-1].event == "accepted":
+            worker.work()
+
+    clock = broker.clock = Reopening(reopen)
+    example = next(arrival for arrival in plan() if arrival.kind == "train")
+    with Client(connection=connection_over(broker)) as client:
+        history = History(io.StringIO(), clock.now, client=client.name)
+        replay = Replay(client, broker, history, [example], "r")
+        cluster.stop_accepting()
+        replay.submit_all()
+        assert ([event.event for event in history.events], clock.num_sleeps) == (["submitted", "accepted"], 1)
+        cluster.stop_accepting()
+        replay.finish()
+        assert clock.num_sleeps == 2
+        (answer,) = replay.answers().values()
+    assert answer.step == 1

@@ -20,6 +20,7 @@ from lemix_common.errors import (
     ShuttingDown,
     TokenizerMismatch,
 )
+from lemix_common.ids import Version
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import STAGE_0, Call, Items, StartedItem
@@ -129,14 +130,17 @@ class Store:
             self.ready(stage, epoch)
         return epoch
 
-    def ready(self, stage: int, epoch: int, versions: tuple[str, ...] = ("0.0",)) -> list[str]:
+    def ready(
+        self, stage: int, epoch: int, versions: tuple[str, ...] = ("0.0",)
+    ) -> tuple[list[str], list[str]]:
         """A stage's report."""
+        run = self.training.state()
         return self.cluster.stage_ready(
             f"w{stage}",
             node=0,
             stage=stage,
             epoch=epoch,
-            training=self.training.state().committed,
+            training=Version(run.lineage, run.committed),
             versions=versions,
             layers=[stage, stage],
             memory_bytes=1,
@@ -149,6 +153,7 @@ class Store:
             run=MAIN_RUN,
             step=step,
             items=items,
+            cuts=(1,) * len(items),
             shards=tuple(range(len(items))),
             reference_tokens=len(items),
             learning_rate=0.1,
@@ -161,7 +166,13 @@ class Store:
         """Begin an attempt on the only node; returns its number."""
         seen = self.training.state()
         self.training.start_step(
-            self.leader, step, members=[0], epochs=[epoch], shard_nodes=[0] * 4, seen=seen
+            self.leader,
+            step,
+            weights=step - 1,
+            members=[0],
+            epochs=[epoch],
+            shard_nodes=[0] * 4,
+            seen=seen,
         )
         return self.training.state().attempt
 
@@ -195,8 +206,8 @@ class Store:
 
     def publish(self, operation: str) -> str:
         """Publish the committed step; returns the version."""
-        self.snapshot(operation, "publish")
-        self.versions.prepare(operation, f"/r/{operation}", "abc")
+        written = self.snapshot(operation, "publish")
+        self.versions.prepare(operation, f"/r/{operation}", "abc", written=written)
         version = self.versions.operation(operation)["version"]
         epoch = int(self.cluster.nodes(1)[0]["epoch"])
         for stage in range(STAGES):
@@ -355,6 +366,30 @@ def test_an_item_is_given_up_after_so_many_deliveries(store: Store) -> None:
     assert store.totals() == {"submitted": "1", "failed": "1"}
 
 
+def test_an_item_that_gets_further_is_not_given_up(store: Store) -> None:
+    """However often its stages are lost: one that was the cause would lose them at the same token each time."""
+    started = store.start("a")
+    for position in range(5):
+        append = store.items.append_tokens("a", started.attempt, position, [7])
+        assert store.broker.call_many([append]) == [["ok"]]
+        (entry,) = store.items.work_of(0)
+        redispatch = store.items.redispatch(store.leader, 0, entry, target=0, reason="its stages were lost")
+        assert store.twice(redispatch) == ["ok"]
+        started = store.pull()
+    assert (started.attempt, store.item("a")["deliveries"]) == (6, "1")
+
+
+def test_an_item_is_not_given_up_for_what_happens_before_it_begins(store: Store) -> None:
+    """A node's placement may change many times before the item is started there."""
+    store.submit("a")
+    store.broker.call_many([store.items.dispatch(store.leader, store.submission(), 0)])
+    for _ in range(5):
+        (entry,) = store.items.work_of(0)
+        redispatch = store.items.redispatch(store.leader, 0, entry, target=0, reason="its stages were lost")
+        assert store.twice(redispatch) == ["ok"]
+    assert store.pull().attempt == 6
+
+
 def test_a_failure_ends_an_item_once(store: Store) -> None:
     """With its reason."""
     started = store.start("a")
@@ -440,7 +475,9 @@ def test_an_older_leader_changes_nothing(store: Store) -> None:
         lambda: store.cluster.place(old, 0, ["x", "y"]),
         lambda: store.training.plan(old, planned, cursor=example.id),
         lambda: store.training.drop_examples(old, [example]),
-        lambda: store.training.start_step(old, 2, members=[0], epochs=[1], shard_nodes=[0], seen=seen),
+        lambda: store.training.start_step(
+            old, 2, weights=1, members=[0], epochs=[1], shard_nodes=[0], seen=seen
+        ),
         lambda: store.training.forget_steps(old, 1),
         lambda: store.versions.retire(old),
         lambda: store.versions.load_training(old, seen_attempt=seen.attempt, **loading),  # type: ignore[arg-type]
@@ -476,11 +513,11 @@ def test_a_stage_reports_only_for_its_own_placement(store: Store) -> None:
     store.twice(lambda: store.ready(0, epoch))
     store.unchanged_by(lambda: store.ready(0, epoch - 1))
     strange = {"node": 0, "stage": 0, "versions": ["0.0"], "layers": [0, 0], "memory_bytes": 1}
-    store.unchanged_by(lambda: store.cluster.stage_ready("x", epoch=epoch, training=9, **strange))  # type: ignore[arg-type]
-    store.unchanged_by(store.cluster.training_at("w0", node=0, stage=0, epoch=epoch - 1, step=9))
-    store.unchanged_by(store.cluster.training_at("x", node=0, stage=0, epoch=epoch, step=9))
+    store.unchanged_by(lambda: store.cluster.stage_ready("x", epoch=epoch, training=Version(0, 9), **strange))  # type: ignore[arg-type]
+    store.unchanged_by(store.cluster.training_at("w0", node=0, stage=0, epoch=epoch - 1, training=Version(0, 9)))
+    store.unchanged_by(store.cluster.training_at("x", node=0, stage=0, epoch=epoch, training=Version(0, 9)))
     store.unchanged_by(lambda: store.cluster.link_lost(0, epoch - 1, "w1"))
-    assert store.twice(store.cluster.training_at("w0", node=0, stage=0, epoch=epoch, step=9)) == ["ok"]
+    assert store.twice(store.cluster.training_at("w0", node=0, stage=0, epoch=epoch, training=Version(0, 9))) == ["ok"]
     store.twice(lambda: store.cluster.link_lost(0, epoch, "w1"))
     assert store.broker.hash(store.broker.keys.node(0))["training:0"] == "9"
 
@@ -491,13 +528,14 @@ def test_a_stage_is_ready_only_with_every_live_version(store: Store) -> None:
     store.commit(1, "t1", "t2")
     store.publish("p1")
     store.commit(2, "t3", "t4")
-    store.snapshot("p2", "publish")
-    store.versions.prepare("p2", "/r/p2", "abc")
+    written = store.snapshot("p2", "publish")
+    store.versions.prepare("p2", "/r/p2", "abc", written=written)
     store.cluster.place(store.leader, 0, ["w0", "w1"])
     epoch = int(store.cluster.nodes(1)[0]["epoch"])
-    assert sorted(store.ready(0, epoch, ("0.1",))) == ["0.0", "0.2"]
+    missing, retired = store.ready(0, epoch, ("0.1",))
+    assert (sorted(missing), retired) == (["0.0", "0.2"], [])
     assert "ready:0" not in store.broker.hash(store.broker.keys.node(0))
-    assert store.ready(0, epoch, ("0.0", "0.1", "0.2")) == []
+    assert store.ready(0, epoch, ("0.0", "0.1", "0.2", "0.3")) == ([], ["0.3"])
     assert store.broker.hash(store.broker.keys.node(0))["ready:0"] == str(epoch)
     assert "prepared:0:0" in store.versions.version("0.2")
 
@@ -512,7 +550,7 @@ def test_every_call_of_a_step_may_be_repeated(store: Store) -> None:
     assert store.unchanged_by(lambda: store.plan(1, "t1", "t2")) == "stale"
     assert store.training.queued_examples(9) == []
     seen = store.training.state()
-    start = {"members": [0], "epochs": [epoch], "shard_nodes": [0, 0, 0, 0], "seen": seen}
+    start = {"members": [0], "epochs": [epoch], "shard_nodes": [0, 0, 0, 0], "seen": seen, "weights": 0}
     assert store.training.start_step(store.leader, 1, **start) == "ok"  # type: ignore[arg-type]
     again = lambda: store.training.start_step(store.leader, 1, **start)  # type: ignore[arg-type]  # noqa: E731
     assert store.unchanged_by(again) == "stale"
@@ -582,10 +620,24 @@ def test_a_planned_example_is_not_cancelled(store: Store) -> None:
 
 def test_a_flush_says_what_waits(store: Store) -> None:
     """Nothing, or examples that a step of its own is planned for."""
-    assert store.twice(store.training.flush) == (0, False)
+    assert store.twice(store.training.flush) == (0, "")
     store.submit("t1", "train")
-    assert store.twice(store.training.flush) == (0, True)
-    assert store.training.state().flush_until == store.training.queued_examples(1)[0].id
+    newest = store.training.queued_examples(1)[0].id
+    assert store.twice(store.training.flush) == (0, newest)
+    assert store.training.state().flushes == (newest,)
+
+
+def test_a_second_flush_does_not_replace_the_first(store: Store) -> None:
+    """Both wait for the planner, in order; each is forgotten with the step that reaches it."""
+    waiting = []
+    for item in ("t1", "t2"):
+        store.submit(item, "train")
+        waiting.append(store.training.flush()[1])
+    assert store.training.state().flushes == tuple(waiting)
+    assert store.plan(1, "t1") == "ok"
+    assert store.training.state().flushes == tuple(waiting[1:])
+    assert store.plan(2, "t2") == "ok"
+    assert store.training.state().flushes == ()
 
 
 # --------------------------------------------------------------------------------------------------------- versions
@@ -602,7 +654,8 @@ def test_every_call_of_a_publish_may_be_repeated(store: Store) -> None:
     for stage in range(STAGES):
         store.twice(partial(versions.shard_written, "p", stage, directory, {"stage": stage}))
     store.broker.clock = _Stopped()
-    store.twice(lambda: versions.prepare("p", "/r/0.1", "abc"))
+    store.unchanged_by(lambda: versions.prepare("p", "/r/0.1", "abc", written="/r/another-try"))
+    store.twice(lambda: versions.prepare("p", "/r/0.1", "abc", written=directory))
     assert versions.publish("p") == "waiting"
     for stage in range(STAGES):
         store.twice(partial(versions.prepared, "0.1", node=0, stage=stage, epoch=epoch))
@@ -647,9 +700,10 @@ def test_a_snapshot_that_lost_a_writer_begins_again(store: Store) -> None:
     """In another directory; what the first try's writers still report is not taken."""
     store.place()
     first = store.snapshot("c", "checkpoint")
-    store.versions.choose_writers("c", "writing", [0, 0], [2, 2])
+    store.versions.choose_writers(store.leader, "c", "writing", [0, 0], [2, 2])
     assert not any(name.startswith("shard:") for name in store.versions.operation("c"))
-    store.unchanged_by(lambda: store.versions.choose_writers("c", "writing", [0, 0], [3, 3]))
+    again = partial(store.versions.choose_writers, store.leader, "c", "writing", [0, 0], [3, 3])
+    store.unchanged_by(again)
     store.versions.write_shards("c")
     assert store.versions.operation("c")["directory"] != first
     store.unchanged_by(lambda: store.versions.shard_written("c", 0, first, {}))
@@ -662,11 +716,12 @@ def test_a_checkpoint_never_goes_back(store: Store) -> None:
     """One that was begun earlier and sealed later doesn't replace the newer one, whose payloads may be gone."""
     store.place()
     store.commit(1, "t1", "t2")
-    store.snapshot("early", "checkpoint")
+    early = store.snapshot("early", "checkpoint")
     store.commit(2, "t3", "t4")
-    store.snapshot("late", "checkpoint")
-    store.twice(lambda: store.versions.seal("late", "/r/0.2", "b"))
-    store.twice(lambda: store.versions.seal("early", "/r/0.1", "a"))
+    late = store.snapshot("late", "checkpoint")
+    store.unchanged_by(lambda: store.versions.seal("late", "/r/0.2", "b", written=early))
+    store.twice(lambda: store.versions.seal("late", "/r/0.2", "b", written=late))
+    store.twice(lambda: store.versions.seal("early", "/r/0.1", "a", written=early))
     run = store.training.state()
     assert (run.checkpoint, run.checkpoint_directory) == (2, "/r/0.2")
 
@@ -674,7 +729,7 @@ def test_a_checkpoint_never_goes_back(store: Store) -> None:
 # ------------------------------------------------------------------------------------------------------ what remains
 FIXED = (
     "cluster settings model tokenizer leader leader_epoch control totals workers placement_epoch node:0 node:0:work "
-    "submissions run:main run:main:examples run:main:ready versions versions:log events"
+    "submissions run:main run:main:checkpoints run:main:examples run:main:ready versions versions:log events"
 ).split()
 
 
@@ -721,5 +776,5 @@ def test_only_fixed_keys_remain(broker: Broker) -> None:
 def _checkpoint_of_one_stage(store: Store) -> None:
     store.versions.open("c", "checkpoint", run=MAIN_RUN, root="/r", writers=[0], epochs=[1])
     store.versions.write_shards("c")
-    store.versions.seal("c", "/r/0.3", "a")
+    store.versions.seal("c", "/r/0.3", "a", written=store.versions.operation("c")["directory"])
     assert store.training.state().checkpoint == 3

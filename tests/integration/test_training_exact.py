@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -119,7 +120,7 @@ def _ids(draw: random.Random, least: int, most: int) -> tuple[int, ...]:
 
 
 def train(
-    server: RunningBroker, subject: Subject, data_dir: Path, *, serving: bool = False, **settings: int
+    server: RunningBroker, subject: Subject, data_dir: Path, *, serving: bool = False, **settings: Any
 ) -> Trained:
     """Train on every example through a cluster; with ``serving`` under a stream of requests."""
     chosen = ClusterSettings(
@@ -128,7 +129,7 @@ def train(
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
         checkpoint_every=20,
-        **settings,  # type: ignore[arg-type]
+        **settings,
     )
     with fresh_broker(server) as broker, in_process_cluster(broker, chosen, data_dir) as (cluster, client):
         requests = Requests(client)
@@ -190,13 +191,14 @@ class Requests:
         self._ended.append(kind)
 
 
-def _check_against_plain_loop(name: str, subject: Subject, trained: Trained) -> None:
+def _check_against_plain_loop(name: str, subject: Subject, trained: Trained, *, delay: int = 0) -> None:
     plain = train_whole(
         subject.folder,
         subject.examples,
         step_examples=STEP_EXAMPLES,
         learning_rate=LEARNING_RATE,
         weight_decay=WEIGHT_DECAY,
+        delay=delay,
     )
     difference = relative_difference(trained.weights, plain)
     print(
@@ -246,6 +248,58 @@ def test_stages_that_share_a_worker_change_nothing(
     alone = train(server, subject, tmp_path / "alone", nodes=1, stages=1, virtual_shards=2)
     shared = train(server, subject, tmp_path / "shared", nodes=2, stages=2, workers=workers, virtual_shards=2)
     assert set(shared.fingerprints) == set(alone.fingerprints)
+
+
+# ------------------------------------------------------------------------------------------- schedules and packing
+SCHEDULES = [
+    {"schedule": "gpipe", "stages": 3},
+    {"schedule": "zero-bubble", "stages": 3},
+    {"schedule": "zero-bubble", "nodes": 2, "stages": 2},
+    {"schedule": "interleaved", "stages": 4, "workers": 2},
+    {"schedule": "1f1b", "stages": 2, "recompute": True},
+]
+
+
+@pytest.mark.parametrize("settings", SCHEDULES, ids=lambda settings: " ".join(map(str, settings.values())))
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_no_schedule_changes_a_bit(
+    subject_of: Subjects,
+    baseline_of: Baselines,
+    server: RunningBroker,
+    tmp_path: Path,
+    name: str,
+    settings: dict[str, Any],
+) -> None:
+    """The order of a step's work, and what of it is computed again, leave the weights as they are."""
+    trained = train(server, subject_of(name, 10), tmp_path, **settings)
+    assert set(trained.fingerprints) == {baseline_of(name, 10).fingerprints[0]}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_packed_microbatches_are_the_plain_loops(
+    subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
+) -> None:
+    """Examples packed by a token budget: within 1e-6 of one by one, and the same bits however cut."""
+    subject = subject_of(name, 10)
+    packing: dict[str, Any] = {"microbatch_tokens": 64}
+    alone = train(server, subject, tmp_path / "alone", nodes=1, stages=1, **packing)
+    cut = train(server, subject, tmp_path / "cut", nodes=2, stages=3, schedule="zero-bubble", **packing)
+    _check_against_plain_loop(name, subject, alone)
+    assert set(cut.fingerprints) == set(alone.fingerprints)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_pp_is_exactly_one_version_late(
+    subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
+) -> None:
+    """Every step on the weights before the last: the plain loop that does so, the same bits however cut and served."""
+    subject = subject_of(name, 10)
+    settings: dict[str, Any] = {"schedule": "a-pp"}
+    alone = train(server, subject, tmp_path / "alone", nodes=1, stages=1, **settings)
+    cut = train(server, subject, tmp_path / "cut", nodes=1, stages=3, serving=True, **settings)
+    twins = train(server, subject, tmp_path / "twins", nodes=2, stages=2, **settings)
+    _check_against_plain_loop(name, subject, alone, delay=1)
+    assert set(cut.fingerprints) == set(twins.fingerprints) == set(alone.fingerprints)
 
 
 # ------------------------------------------------------------------------------------------------- the whole claim

@@ -41,23 +41,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def cluster_of(
-    folder: Path, server: RunningBroker, data_dir: Path, *, nodes: int, stages: int
+    folder: Path, server: RunningBroker, data_dir: Path, **shape: int
 ) -> Iterator[tuple[InProcessCluster, Client]]:
     """A cluster whose steps have four examples."""
-    settings = ClusterSettings(
-        model=str(folder), nodes=nodes, stages=stages, step_examples=4, learning_rate=1e-2
-    )
+    settings = ClusterSettings(model=str(folder), step_examples=4, learning_rate=1e-2, **shape)  # type: ignore[arg-type]
     with fresh_broker(server) as broker, in_process_cluster(broker, settings, data_dir) as running:
         yield running
 
 
-@pytest.mark.parametrize(("nodes", "stages"), [(1, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"nodes": 1, "stages": 1},
+        {"nodes": 1, "stages": 2},
+        {"nodes": 2, "stages": 2},
+        {"nodes": 1, "stages": 2, "microbatches": 1},
+        {"nodes": 2, "stages": 2, "microbatch_tokens": 8},
+    ],
+    ids=lambda shape: " ".join(f"{value} {name}" for name, value in shape.items()),
+)
 def test_a_poison_example_is_dead_lettered_and_its_step_goes_on_without_it(
-    folder: Path, server: RunningBroker, tmp_path: Path, nodes: int, stages: int
+    folder: Path, server: RunningBroker, tmp_path: Path, shape: dict[str, int]
 ) -> None:
-    """The others of its step are learned, and the weights are those of a run that never saw it."""
+    """The others of its step are learned, also those packed with it; the weights are as if it had never been."""
     clean = [*GOOD[:3], *GOOD[3:]]
-    with cluster_of(folder, server, tmp_path / "poisoned", nodes=nodes, stages=stages) as (cluster, client):
+    with cluster_of(folder, server, tmp_path / "poisoned", **shape) as (cluster, client):
         rows = [*GOOD[:2], ((POISON,), (3,)), GOOD[2], *GOOD[3:]]
         futures = [client.submit(TrainItem(*row)) for row in rows]
         client.flush(30)
@@ -66,7 +74,7 @@ def test_a_poison_example_is_dead_lettered_and_its_step_goes_on_without_it(
         steps = [future.result(30).step for future in futures]
         assert steps == [1, 1, 1, 2, 2, 2]
         assert client.status()["dead_letters"] == 1
-        poisoned = {cluster.fingerprint(node) for node in range(nodes)}
+        poisoned = {cluster.fingerprint(node) for node in range(shape["nodes"])}
         answer = client.score((4, 5), (6, 8), timeout=30)
         assert torch.tensor(answer.logprobs).isfinite().all()
     assert len(poisoned) == 1

@@ -95,3 +95,15 @@ def test_nothing_to_score_is_no_score_and_no_loss(stage: StageModel, hidden_TD: 
     assert loss.item() == 0
     assert target_rows(targets_T) == target_rows(targets_T, max_rows=4) == ()
     assert token_logprobs(stage, hidden_TD, targets_T).shape == (0,)
+
+
+def test_a_loss_is_as_precise_as_its_model(stage: StageModel, hidden_TD: Tensor, targets_T: Tensor) -> None:
+    """A model in float64 has its loss in float64; one in less than float32 has it in float32."""
+    for dtype, precision in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        narrow = stage.shell()
+        narrow.load({name: leaf.detach().to(dtype) for name, leaf in _by_source(stage).items()})
+        assert loss_sum(narrow, hidden_TD.to(dtype), targets_T).dtype == precision
+
+
+def _by_source(stage: StageModel) -> dict[str, Tensor]:
+    return {leaf.source: leaf.parameter for leaf in stage.all_leaves()}

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lemix_common.ids import BASE_VERSION
 from lemix_common.store.training import PlannedStep
 from lemix_stage_worker import training_state
 from lemix_stage_worker.hosted_stage import build_template, training_on
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.stage import StageModel
+from lemix_stage_worker.trained_weights import Weights
 from lemix_stage_worker.training_state import TrainingState
 from numerics.subjects import Subject
 
@@ -23,6 +25,7 @@ def planned(step: int, optimizer: str = "adamw") -> PlannedStep:
         run="main",
         step=step,
         items=(),
+        cuts=(),
         shards=(),
         reference_tokens=1,
         learning_rate=1e-2,
@@ -42,7 +45,7 @@ def served_stage(subject: Subject) -> StageModel:
 
 def state_on(served: StageModel, subject: Subject) -> TrainingState:
     """A fresh training state that shares a served version's tensors."""
-    return training_on(served, build_template(subject.source, 0, cut_model(subject.source, 1)), 0)
+    return training_on(served, build_template(subject.source, 0, cut_model(subject.source, 1)), BASE_VERSION)
 
 
 def gradients_for(state: TrainingState, step: int) -> dict[str, Tensor]:
@@ -94,7 +97,7 @@ def test_a_checkpoint_goes_on_to_the_bit(subject: Subject, optimizer: str) -> No
     shell.load({name: saved[name].clone() for name in shell.parameter_names()})
     moments = {name: tensor.clone() for name, tensor in saved.items() if name.startswith("optimizer.")}
     assert bool(moments) == (optimizer == "adamw")
-    loaded = TrainingState(shell, 2, moments, owns_weights=True)
+    loaded = TrainingState(2, Weights(shell), moments=moments)
     assert_equal(loaded.snapshot(optimizer=True), saved)
     assert_equal(run(loaded, range(3, 5), optimizer).snapshot(optimizer=True), state.snapshot(optimizer=True))
 
@@ -122,7 +125,7 @@ def test_a_tied_embedding_is_stepped_once(subject: Subject) -> None:
     expected = subject.source.read([subject.source.embedding_name])[
         subject.source.embedding_name
     ].requires_grad_()
-    optimizer = torch.optim.AdamW([expected], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([expected], lr=1e-2, weight_decay=0.1, fused=True)
     for step in range(1, 3):
         expected.grad = gradients_for(state, step)[subject.source.embedding_name]
         optimizer.step()

@@ -28,7 +28,11 @@ def slow_peer(monkeypatch: pytest.MonkeyPatch) -> None:
             rounds=1,
             threads=1,
             model=None,
-            rows=(Row("c", "lemix", (2e-3,)), Row("c", "peer", (1e-6,))),
+            rows=(
+                Row("c", "lemix", (2e-3,)),
+                Row("c", "peer", (1e-6,)),
+                Row("d", "lemix", (1234.5,), unit="tokens/s"),
+            ),
             ratios={"over": 2.0},
             targets=(Target("over", 2.0, "<=", 1.1),),
         )
@@ -47,7 +51,7 @@ def test_a_bench_that_is_not_built_is_refused_by_name(name: str) -> None:
     """One sentence that says which there are, and the status of bad input."""
     result = bench(name)
     assert result.exit_code == 2
-    assert result.stderr == f"lemix: the bench '{name}' is not built yet; there are hop, prefill\n"
+    assert result.stderr == f"lemix: the bench '{name}' is not built yet; there are hop, prefill, train\n"
 
 
 def test_an_unknown_bench_is_refused() -> None:
@@ -68,6 +72,6 @@ def test_only_check_makes_a_missed_target_an_error() -> None:
 
 @pytest.mark.usefixtures("slow_peer")
 def test_a_reader_gets_tables() -> None:
-    """Times in readable units, and whether each limit was kept."""
+    """Figures in readable units, and whether each limit was kept."""
     shown = bench("hop").stdout
-    assert all(text in shown for text in ("2.00 ms", "1.0 µs", "<= 1.1", "no"))
+    assert all(text in shown for text in ("2.00 ms", "1.0 µs", "1,234.5 tokens/s", "<= 1.1", "no"))

@@ -28,7 +28,9 @@ NOTICES: st.SearchStrategy[Notice] = st.one_of(
         for kind in get_args(Notice)
     ]
 )
-STEP = RunStep(run="r", step=7, attempt=1, lineage=0, shard_nodes=(0, 1), members=(), epochs=(3, 3))
+STEP = RunStep(
+    run="r", step=7, attempt=1, lineage=0, weights=6, shard_nodes=(0, 1), members=(), epochs=(3, 3)
+)
 quickly = settings(max_examples=40, deadline=None)
 
 
@@ -40,6 +42,7 @@ def test_an_operator_can_read_a_notice() -> None:
         ("step", "7"),
         ("attempt", "1"),
         ("lineage", "0"),
+        ("weights", "6"),
         ("shard_nodes", "[0, 1]"),
         ("members", "[]"),
         ("epochs", "[3, 3]"),

@@ -8,22 +8,26 @@ from typing import Any
 from torch import Tensor
 
 from lemix_common.messages import Frame, LoadTraining, RunStep, StepCommitted, WriteShards
+from lemix_common.settings import ClusterSettings
 from lemix_common.store.training import GradientReport, PlannedStep
 from lemix_stage_worker.hosted_stage import HostedStage
-from lemix_stage_worker.learning import Attempt, Learner
+from lemix_stage_worker.learning import Learner
 from lemix_stage_worker.ready_queue import Task
+from lemix_stage_worker.step_work import StepWork
 
 PLANNED = PlannedStep(
     run="main",
     step=5,
     items=("a",),
+    cuts=(1,),
     shards=(0,),
     reference_tokens=1,
     learning_rate=0.1,
     weight_decay=0.0,
     seed=0,
 )
-RUN_STEP = RunStep(run="main", step=5, attempt=3, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,))
+ABOUT: dict[str, Any] = {"run": "main", "lineage": 0, "shard_nodes": (0,), "members": (0,), "epochs": (1,)}
+RUN_STEP = RunStep(step=5, attempt=3, weights=4, **ABOUT)
 COMMITTED = StepCommitted(run="main", step=5, attempt=3, replay=0, scale=1.0)
 
 
@@ -33,13 +37,11 @@ class CountingState:
 
     step: int = 4
 
-    class model:  # noqa: N801 - stands for an attribute
-        """No parameters."""
+    def drop_gradients(self) -> None:
+        """There are none."""
 
-        @staticmethod
-        def leaves() -> dict[str, Tensor]:
-            """None."""
-            return {}
+    def weights_at(self, step: int) -> None:
+        """None."""
 
     def apply(self, *_: object, scale: float) -> Iterator[None]:
         """Count at the end."""
@@ -82,9 +84,9 @@ class Around:
         """Note it."""
         self.said.append(("write_shard", request.step))
 
-    def fetch_step(self, host: HostedStage, step: int, attempt: int, microbatches_of: int | None) -> None:
+    def fetch_step(self, host: HostedStage, notice: RunStep) -> None:
         """Note it."""
-        self.said.append(("fetch_step", step, attempt))
+        self.said.append(("fetch_step", notice.step, notice.attempt))
 
     def run_all(self, between: Callable[[], None] = lambda: None) -> None:
         """Run what was scheduled; ``between`` happens at each safepoint."""
@@ -101,9 +103,10 @@ def learner_with_gradients() -> tuple[Learner, Around]:
     host = HostedStage(
         node=0, stage=0, stages=1, source=nothing, template=nothing, versions={}, training=training, epoch=1
     )
-    attempt = Attempt(RUN_STEP, planned=PLANNED)
-    attempt.total = {}
-    return Learner(host, around, now=lambda: 0.0, attempt=attempt), around
+    work = StepWork(RUN_STEP, node=0, planned=PLANNED)
+    work.total = {}
+    settings = ClusterSettings(model="m")
+    return Learner(host, settings, around, now=lambda: 0.0, attempt=3, steps={5: work}), around
 
 
 def step_of(learner: Learner) -> int:
@@ -151,21 +154,16 @@ def test_a_committed_step_is_applied_though_the_next_attempt_has_begun() -> None
     """The next step's notice may come before the optimizer has run."""
     learner, around = learner_with_gradients()
     learner.step_committed(COMMITTED)
-    learner.run_step(
-        RunStep(run="main", step=6, attempt=4, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,))
-    )
+    learner.run_step(RunStep(step=6, attempt=4, weights=5, **ABOUT))
     around.run_all()
     assert step_of(learner) == 5
-    assert learner.attempt is not None
-    assert learner.attempt.notice.step == 6
+    assert list(learner.steps) == [6]
 
 
 def test_gradients_of_an_attempt_that_was_replaced_are_never_applied() -> None:
     """Its commit can't come any more; should its notice be late, nothing happens."""
     learner, around = learner_with_gradients()
-    learner.run_step(
-        RunStep(run="main", step=5, attempt=4, lineage=0, shard_nodes=(0,), members=(0,), epochs=(1,))
-    )
+    learner.run_step(RunStep(step=5, attempt=4, weights=4, **ABOUT))
     learner.step_committed(COMMITTED)
     around.run_all()
     assert step_of(learner) == 4
@@ -193,4 +191,4 @@ def test_a_stage_that_is_told_to_load_forgets_its_attempt() -> None:
     assert learner.load(LoadTraining(epochs=(1,), **about))
     learner.step_committed(COMMITTED)
     around.run_all()
-    assert (learner.host.training, learner.attempt) == (None, None)
+    assert (learner.host.training, learner.steps) == (None, {})

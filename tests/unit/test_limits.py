@@ -40,6 +40,14 @@ def test_truncating_keeps_the_prompts_end(prompt: int, following: int, context: 
     assert len(kept) == min(prompt, context - following)
 
 
+def test_a_reference_that_fills_the_context_can_be_split() -> None:
+    """The error says so; new tokens can't be."""
+    with pytest.raises(OverLong, match=r"12 reference tokens leave .* for training --over-long split"):
+        truncate_prompt(ids(5), 12, "reference", 10)
+    with pytest.raises(OverLong, match="ask for fewer"):
+        truncate_prompt(ids(5), 12, "new", 10)
+
+
 @settings(max_examples=50)
 @given(prompt=LENGTHS, reference=LENGTHS, context=CONTEXTS)
 def test_splitting_puts_each_reference_token_in_one_part(prompt: int, reference: int, context: int) -> None:

@@ -70,17 +70,16 @@ def test_only_ready_nodes_get_items(policy: str, ready: list[int], sequence: int
 )
 def test_every_shard_goes_to_a_member(policy: str, members: list[int], shards: int, step: int) -> None:
     """As many entries as virtual shards, all of them members; drawn again, the same."""
-    settings = settings_of(policy, virtual_shards=shards)
-    nodes = share_step(settings, members, step)
+    nodes = share_step(settings_of(policy), members, step, shards=shards)
     assert len(nodes) == shards
     assert set(nodes) <= set(members)
-    assert nodes == share_step(settings, members, step)
+    assert nodes == share_step(settings_of(policy), members, step, shards=shards)
 
 
 @given(st.lists(st.integers(0, 3), unique=True, min_size=1).map(sorted), st.integers(1, 9))
 def test_naive_mix_shares_a_step_evenly(members: list[int], shards: int) -> None:
     """Each member gets neighbouring shards, as many as the others or one more."""
-    nodes = share_step(settings_of("naive-mix", virtual_shards=shards), members, 1)
+    nodes = share_step(settings_of("naive-mix"), members, 1, shards=shards)
     counts = Counter(dict.fromkeys(members, 0)) + Counter(nodes)
     assert list(nodes) == sorted(nodes)
     assert max(counts[m] for m in members) - min(counts[m] for m in members) <= 1

@@ -34,6 +34,7 @@ VALUES: dict[object, st.SearchStrategy[Any]] = {
     int: INTEGERS,
     float: st.floats(allow_nan=False),
     str: TEXTS,
+    tuple[int, ...]: st.lists(INTEGERS, max_size=4).map(tuple),
 }
 
 

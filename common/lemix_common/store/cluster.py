@@ -9,7 +9,7 @@ from typing import Any
 
 from lemix_common.broker import LEADER_ONLY, NOTICE, Broker, Lua
 from lemix_common.errors import ClusterError, Fenced
-from lemix_common.ids import BASE_VERSION
+from lemix_common.ids import BASE_VERSION, Version
 from lemix_common.settings import ClusterSettings, settings_from
 from lemix_common.store.items import COORDINATORS, STAGE_0, Call, fence
 
@@ -52,6 +52,8 @@ redis.call('HSETNX', K.run(run), 'checkpoint', 0)
 redis.call('HSETNX', K.run(run), 'lineage', 0)
 redis.call('HSETNX', K.versions, 'served', ARGV[7])
 redis.call('HSETNX', K.version(ARGV[7]), 'directory', '')
+redis.call('HSETNX', K.checkpoints(run), ARGV[7], '')
+redis.call('HDEL', K.run(run), 'refused')
 return {'ok'}
 """,
 )
@@ -130,11 +132,20 @@ return {'ok', epoch}
 """,
 )
 
+_STEP_OF = """
+local function step_of(run, version)
+  local lineage, step = string.match(version, '^(%d+)%.(%d+)$')
+  return lineage and lineage == redis.call('HGET', K.run(run), 'lineage') and step
+end
+"""
+"""Lua: the step of a training state, unless it is of a lineage that a rollback has left."""
+
 _STAGE_READY = Lua(
     "stage_ready",
     NOTICE
+    + _STEP_OF
     + """
-local worker, node, stage, epoch, training, loaded, layers, memory = unpack(ARGV)
+local worker, node, stage, epoch, run, training, loaded, layers, memory = unpack(ARGV)
 local at = redis.call('HMGET', K.node(node), 'epoch', 'stage:' .. stage)
 if at[1] ~= epoch or at[2] ~= worker then return {'stale'} end
 local have, missing = {}, {}
@@ -149,23 +160,29 @@ for version in pairs(have) do
 end
 redis.call('HSET', K.node(node), 'ready:' .. stage, epoch, 'layers:' .. stage, layers, 'memory:' .. stage, memory,
            'version:' .. stage, live[1] or '')
-if training ~= '' then
-  redis.call('HSET', K.node(node), 'training:' .. stage, training)
+local step = step_of(run, training)
+if step then
+  redis.call('HSET', K.node(node), 'training:' .. stage, step)
 else
   redis.call('HDEL', K.node(node), 'training:' .. stage)
 end
 notice('StageReady', 'node', node, 'stage', stage, 'epoch', epoch)
-return {'ok'}
+local retired = {}
+for version in pairs(have) do
+  if version ~= live[1] and version ~= live[2] and version ~= live[3] then retired[#retired + 1] = version end
+end
+return {'ok', unpack(retired)}
 """,
 )
 
 _TRAINING_AT = Lua(
     "training_at",
     NOTICE
+    + _STEP_OF
     + """
-local worker, node, stage, epoch, step = unpack(ARGV)
-local at = redis.call('HMGET', K.node(node), 'epoch', 'stage:' .. stage)
-if at[1] ~= epoch or at[2] ~= worker then return {'stale'} end
+local worker, node, stage, epoch, run, training = unpack(ARGV)
+local at, step = redis.call('HMGET', K.node(node), 'epoch', 'stage:' .. stage), step_of(run, training)
+if at[1] ~= epoch or at[2] ~= worker or not step then return {'stale'} end
 redis.call('HSET', K.node(node), 'training:' .. stage, step)
 notice('StageReady', 'node', node, 'stage', stage, 'epoch', epoch)
 return {'ok'}
@@ -330,21 +347,25 @@ class Cluster:
         node: int,
         stage: int,
         epoch: int,
-        training: int | None,
+        training: Version | None,
         versions: Sequence[str],
         layers: Sequence[int],
         memory_bytes: int,
-    ) -> list[str]:
-        """Report a stage that holds these versions; returns those it lacks and must load first."""
-        step = "" if training is None else training
-        answer = self.broker.call(
-            _STAGE_READY, worker, node, stage, epoch, step, list(versions), list(layers), memory_bytes
-        )
-        return list(answer[1:]) if answer[0] == "missing" else []
+    ) -> tuple[list[str], list[str]]:
+        """Report a stage that holds these versions: returns those it must load first, and those nobody needs any more."""
+        known = "" if training is None else str(training)
+        about = (worker, node, stage, epoch, MAIN_RUN, known, list(versions), list(layers), memory_bytes)
+        match self.broker.call(_STAGE_READY, *about):
+            case ["missing", *missing]:
+                return missing, []
+            case [_, *retired]:
+                return [], retired
+            case _:
+                return [], []
 
-    def training_at(self, worker: str, *, node: int, stage: int, epoch: int, step: int) -> Call:
-        """The call that reports that a stage's training state is that of ``step``."""
-        return _TRAINING_AT, (worker, node, stage, epoch, step)
+    def training_at(self, worker: str, *, node: int, stage: int, epoch: int, training: Version) -> Call:
+        """The call that reports where a stage's training state is."""
+        return _TRAINING_AT, (worker, node, stage, epoch, MAIN_RUN, str(training))
 
     def link_lost(self, node: int, epoch: int, peer: str) -> None:
         """Report that messages of this node may be lost, so that it starts afresh."""

@@ -44,14 +44,17 @@ end
 """
 
 TAX = """
-local function update_tax()
-  local blocked_s, response_s = unpack(redis.call('HMGET', K.totals, 'blocked_s', 'response_s'))
-  local unblocked_s = (response_s or 0) - (blocked_s or 0)
-  local tax = unblocked_s > 0 and (blocked_s or 0) / unblocked_s or 0
+local function add_to_tax(blocked_s, response_s)
+  local blocked = redis.call('HINCRBYFLOAT', K.totals, 'blocked_s', blocked_s)
+  local unblocked = redis.call('HINCRBYFLOAT', K.totals, 'response_s', response_s) - blocked
+  local tax = unblocked > 0 and blocked / unblocked or 0
   redis.call('HSET', K.totals, 'training_tax', string.format('%.6f', tax))
 end
 """
-"""Lua: the training tax as a field that an operator can read. Part of the calls that change one of its sums."""
+"""Lua: what done items waited behind training and what they took, and the tax as a field that an operator can read.
+
+Both are counted at an item's end: the waits of items that still run, against no response, would be a tax without bounds.
+"""
 
 _END = (
     REPLY
@@ -145,7 +148,9 @@ local node, entry, item, seen_attempt, target, reason, now = unpack(ARGV, 2, 8)
 close_entry(node, entry)
 local state, deliveries, current = unpack(redis.call('HMGET', K.item(item), 'state', 'deliveries', 'attempt'))
 if (state ~= 'dispatched' and state ~= 'running') or current ~= seen_attempt then return {'stale'} end
-if tonumber(deliveries or '0') >= tonumber(redis.call('HGET', K.settings, 'max_deliveries')) then
+local is_suspect = state == 'running' and
+  redis.call('LLEN', K.item_tokens(item)) == tonumber(redis.call('HGET', K.item(item), 'tokens_at_start') or '0')
+if is_suspect and tonumber(deliveries) >= tonumber(redis.call('HGET', K.settings, 'max_deliveries')) then
   local why = 'given up after ' .. deliveries .. ' deliveries: ' .. reason
   end_item(item, 'failed', now, 'reason', why, 'dead_lettered', '1')
   reply(item, 'event', 'failed', 'reason', why)
@@ -175,7 +180,15 @@ if not at[4] then
   redis.call('HSET', K.item(item), 'weights_version', at[4])
   redis.call('HINCRBY', K.versions_in_flight, at[4], 1)
 end
-if at[1] == 'dispatched' then redis.call('HINCRBY', K.item(item), 'deliveries', 1) end
+if at[1] == 'dispatched' then
+  -- in a row: an item that got further since its last start is not what its stages were lost by
+  local have = redis.call('LLEN', K.item_tokens(item))
+  if have > tonumber(redis.call('HGET', K.item(item), 'tokens_at_start') or '0') then
+    redis.call('HSET', K.item(item), 'deliveries', 0)
+  end
+  redis.call('HINCRBY', K.item(item), 'deliveries', 1)
+  redis.call('HSET', K.item(item), 'tokens_at_start', have)
+end
 redis.call('HSET', K.item(item), 'state', 'running', 'worker', worker, 'started_at', now)
 return {'ok', redis.call('HGETALL', K.item(item)), redis.call('HGETALL', K.item_payload(item)),
         redis.call('LRANGE', K.item_tokens(item), 0, -1)}
@@ -223,9 +236,8 @@ _COMPLETE = Lua(
 local item, attempt, node, entry, result, now = unpack(ARGV)
 if not is_current(item, attempt) then close_entry(node, entry) return {'stale'} end
 end_item(item, 'done', now, 'result', result)
-local submitted = redis.call('HGET', K.item(item), 'submitted_at')
-if submitted then redis.call('HINCRBYFLOAT', K.totals, 'response_s', string.format('%.6f', now - submitted)) end
-update_tax()
+local submitted, blocked_s = unpack(redis.call('HMGET', K.item(item), 'submitted_at', 'blocked_s'))
+if submitted then add_to_tax(blocked_s or '0', string.format('%.6f', now - submitted)) end
 reply(item, 'event', 'done', 'result', result, 'weights_version', redis.call('HGET', K.item(item), 'weights_version'))
 close_entry(node, entry)
 return {'ok'}

@@ -2,8 +2,12 @@
 
 A step's contents are a pure function of submission order and settings. An *attempt* is one try to compute a step with
 given members; a lost member means another attempt. The last of the members' stages to report its gradients commits
-the step, in Redis, whoever leads; only then do the optimizers run. If a loss or gradient isn't finite, its examples are
-dead-lettered instead and the step is computed again without them.
+the step, in Redis, whoever leads; only then do the optimizers run. Where steps overlap, an attempt goes on with the
+next step before the one before is committed.
+
+If a loss or gradient isn't finite, nothing is committed. Where it isn't clear which example is to blame, since several
+were added up, the step is taken apart: it is computed again with each example by itself. An example that is to blame is
+dead-lettered, and the step computed again without it.
 """
 
 from __future__ import annotations
@@ -30,6 +34,11 @@ for _, item in ipairs(items) do redis.call('HSET', K.item(item), 'state', 'plann
 redis.call('HSET', K.run(run), 'planned', step)
 redis.call('XTRIM', K.examples(run), 'MINID', cursor)
 redis.call('XDEL', K.examples(run), cursor)
+local flushes, ahead = cjson.decode(redis.call('HGET', K.run(run), 'flushes') or '[]'), {}
+for _, flush in ipairs(flushes) do
+  if #redis.call('XRANGE', K.examples(run), '-', flush, 'COUNT', 1) > 0 then ahead[#ahead + 1] = flush end
+end
+redis.call('HSET', K.run(run), 'flushes', #ahead > 0 and cjson.encode(ahead) or '[]')
 return {'ok'}
 """,
 )
@@ -46,10 +55,12 @@ _FLUSH = Lua(
 local run = ARGV[1]
 local newest = redis.call('XREVRANGE', K.examples(run), '+', '-', 'COUNT', 1)
 if #newest > 0 then
-  redis.call('HSET', K.run(run), 'flush_until', newest[1][1])
+  local flushes = cjson.decode(redis.call('HGET', K.run(run), 'flushes') or '[]')
+  if flushes[#flushes] ~= newest[1][1] then flushes[#flushes + 1] = newest[1][1] end
+  redis.call('HSET', K.run(run), 'flushes', cjson.encode(flushes))
   notice('FlushRequested', 'run', run)
 end
-return {redis.call('HGET', K.run(run), 'planned'), #newest}
+return {redis.call('HGET', K.run(run), 'planned'), #newest > 0 and newest[1][1] or ''}
 """,
 )
 
@@ -58,15 +69,22 @@ _START_STEP = Lua(
     LEADER_ONLY
     + NOTICE
     + """
-local run, step, members, shard_nodes, epochs, seen_attempt, seen_committed = unpack(ARGV, 2, 8)
-local at = redis.call('HMGET', K.run(run), 'planned', 'committed', 'lineage')
-if (redis.call('HGET', K.run(run), 'attempt') or '0') ~= seen_attempt or at[2] ~= seen_committed then return {'stale'} end
+local run, step, weights, members, shard_nodes, epochs, seen_attempt, seen_last, seen_committed = unpack(ARGV, 2, 10)
+local at = redis.call('HMGET', K.run(run), 'committed', 'lineage', 'attempt', 'attempt_last', 'concluded')
+local attempt, last = at[3] or '0', at[4] or '0'
+if redis.call('HEXISTS', K.run(run), 'rolling_back') == 1 then return {'stale'} end
+if at[1] ~= seen_committed or attempt ~= seen_attempt then return {'stale'} end
 local stages = tonumber(redis.call('HGET', K.cluster_state, 'stages'))
-local attempt = redis.call('HINCRBY', K.run(run), 'attempt', 1)
-redis.call('DEL', K.step_ready(run))
-redis.call('HSET', K.run(run), 'attempt_step', step, 'expected', #cjson.decode(members) * stages,
-           'members', members, 'epochs', epochs)
-notice('RunStep', 'run', run, 'step', step, 'attempt', attempt, 'lineage', at[3],
+if seen_last ~= '' then -- the attempt in flight goes on with one more step
+  if last ~= seen_last or at[5] == attempt then return {'stale'} end
+else
+  attempt = redis.call('HINCRBY', K.run(run), 'attempt', 1)
+  redis.call('HSET', K.run(run), 'attempt_step', step, 'attempt_done', step - 1,
+             'expected', #cjson.decode(members) * stages, 'members', members, 'epochs', epochs)
+end
+redis.call('DEL', K.step_ready(run, step))
+redis.call('HSET', K.run(run), 'attempt_last', step)
+notice('RunStep', 'run', run, 'step', step, 'attempt', attempt, 'lineage', at[2], 'weights', weights,
        'shard_nodes', shard_nodes, 'members', members, 'epochs', epochs)
 return {'ok', attempt}
 """,
@@ -79,65 +97,95 @@ _GRADIENTS_READY = Lua(
     + DEAD_LETTER
     + """
 local run, step, attempt, node, stage, report, now = unpack(ARGV)
-local at = redis.call('HMGET', K.run(run), 'attempt', 'attempt_step', 'expected', 'committed', 'concluded')
-if at[1] ~= attempt or at[2] ~= step then return {'stale'} end
-redis.call('HSET', K.step_ready(run), node .. ':' .. stage, report)
-if redis.call('HLEN', K.step_ready(run)) < tonumber(at[3]) then return {'waiting'} end
-if at[5] == attempt then return {'ok'} end
-redis.call('HSET', K.run(run), 'concluded', attempt)
+local number = tonumber(step)
+local at = redis.call('HMGET', K.run(run), 'attempt', 'attempt_done', 'attempt_last', 'expected', 'committed', 'concluded')
+if at[1] ~= attempt or number > tonumber(at[3]) then return {'stale'} end
+if at[6] == attempt or number <= tonumber(at[2]) then return {'ok'} end
+redis.call('HSET', K.step_ready(run, step), node .. ':' .. stage, report)
+if redis.call('HLEN', K.step_ready(run, step)) < tonumber(at[4]) or number > tonumber(at[2]) + 1 then return {'waiting'} end
 
-local plan = redis.call('HMGET', K.step(run, step), 'items', 'max_gradient_norm', 'reference_tokens', 'excluded')
-local items, stages = cjson.decode(plan[1]), tonumber(redis.call('HGET', K.cluster_state, 'stages'))
+local plan = redis.call('HMGET', K.step(run, step), 'items', 'cuts', 'shards', 'max_gradient_norm', 'reference_tokens',
+                        'excluded', 'apart')
+local items, cuts, shards = cjson.decode(plan[1]), cjson.decode(plan[2]), cjson.decode(plan[3])
+local excluded, is_gone = cjson.decode(plan[6] or '[]'), {}
+for _, example in ipairs(excluded) do is_gone[example] = true end
+local stages = tonumber(redis.call('HGET', K.cluster_state, 'stages'))
 local members, epochs = unpack(redis.call('HMGET', K.run(run), 'members', 'epochs'))
 members, epochs = cjson.decode(members), cjson.decode(epochs)
 local losses, culprits, suspects, is_finite, squares = {}, {}, {}, true, 0
 for _, member in ipairs(members) do
   for s = 0, stages - 1 do
-    local said = cjson.decode(redis.call('HGET', K.step_ready(run), member .. ':' .. s))
-    for microbatch, loss in pairs(said.losses) do losses[tonumber(microbatch)] = loss end
-    for _, microbatch in ipairs(said.culprits) do culprits[microbatch] = true end
-    for _, microbatch in ipairs(said.suspects) do suspects[microbatch] = true end
+    local said = cjson.decode(redis.call('HGET', K.step_ready(run, step), member .. ':' .. s))
+    for example, loss in pairs(said.losses) do losses[tonumber(example)] = loss end
+    for _, example in ipairs(said.culprits) do culprits[example] = true end
+    for _, example in ipairs(said.suspects) do suspects[example] = true end
     is_finite = is_finite and said.is_finite
     if member == members[1] then
       for _, square in ipairs(said.squares) do squares = squares + square end
     end
   end
 end
+redis.call('DEL', K.step_ready(run, step))
 
 if not is_finite then
-  -- the step is redone without those that can't be learned from; nothing was changed by this attempt
-  local excluded, left = cjson.decode(plan[4] or '[]'), tonumber(plan[3])
-  if next(culprits) == nil then culprits = suspects end
-  local gone = {}
-  for _, microbatch in ipairs(excluded) do gone[microbatch] = true end
-  for microbatch = 0, #items - 1 do
-    if not gone[microbatch] and (culprits[microbatch] or next(culprits) == nil) then
-      local item = items[microbatch + 1]
-      local why = 'its loss or gradient is not finite (step ' .. step .. ')'
-      excluded[#excluded + 1] = microbatch
-      left = left - tonumber(redis.call('HGET', K.item(item), 'reference_tokens') or '0')
-      redis.call('HSET', K.item(item), 'state', 'failed', 'ended_at', now, 'reason', why, 'dead_lettered', '1')
-      redis.call('DEL', K.item_payload(item))
-      redis.call('EXPIRE', K.item(item), math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600))
-      redis.call('HINCRBY', K.totals, 'failed', 1)
-      redis.call('HINCRBY', K.totals, 'open', -1)
-      reply(item, 'event', 'failed', 'reason', why)
-      dead_letter(item, why, now)
+  -- nothing was changed by this attempt; the step is computed again, in other parts or without those to blame
+  redis.call('HSET', K.run(run), 'concluded', attempt)
+  local microbatch_of, with, example = {}, {}, 0
+  for microbatch, size in ipairs(cuts) do
+    for _ = 1, size do
+      microbatch_of[example] = microbatch
+      if not is_gone[example] then
+        with['m' .. microbatch] = (with['m' .. microbatch] or 0) + 1
+        with['s' .. shards[microbatch]] = (with['s' .. shards[microbatch]] or 0) + 1
+      end
+      example = example + 1
     end
   end
-  redis.call('HSET', K.step(run, step), 'excluded', cjson.encode(excluded), 'reference_tokens', left)
-  notice('StepRejected', 'run', run, 'step', step, 'attempt', attempt, 'excluded', cjson.encode(excluded))
+  local by_loss = next(culprits) ~= nil
+  local blamed = by_loss and culprits or suspects
+  local is_certain = next(blamed) ~= nil
+  for example in pairs(blamed) do
+    local microbatch = microbatch_of[example]
+    is_certain = is_certain and with[by_loss and ('m' .. microbatch) or ('s' .. shards[microbatch])] == 1
+  end
+  if not is_certain and plan[7] ~= '1' then
+    local ones, each = {}, {}
+    for example = 1, #items do ones[example], each[example] = 1, example - 1 end
+    redis.call('HSET', K.step(run, step), 'cuts', cjson.encode(ones), 'shards', cjson.encode(each), 'apart', '1')
+  else
+    local left, all = tonumber(plan[5]), next(blamed) == nil
+    for example = 0, #items - 1 do
+      if (all or blamed[example]) and not is_gone[example] then
+        local item = items[example + 1]
+        local why = 'its loss or gradient is not finite (step ' .. step .. ')'
+        excluded[#excluded + 1] = example
+        left = left - tonumber(redis.call('HGET', K.item(item), 'reference_tokens') or '0')
+        redis.call('HSET', K.item(item), 'state', 'failed', 'ended_at', now, 'reason', why, 'dead_lettered', '1')
+        redis.call('DEL', K.item_payload(item))
+        redis.call('EXPIRE', K.item(item), math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600))
+        redis.call('HINCRBY', K.totals, 'failed', 1)
+        redis.call('HINCRBY', K.totals, 'open', -1)
+        reply(item, 'event', 'failed', 'reason', why)
+        dead_letter(item, why, now)
+      end
+    end
+    redis.call('HSET', K.step(run, step), 'excluded', cjson.encode(excluded), 'reference_tokens', left)
+  end
+  notice('StepRejected', 'run', run, 'step', step, 'attempt', attempt,
+         'excluded', #excluded > 0 and cjson.encode(excluded) or '[]')
   return {'rejected'}
 end
 
-local norm, bound = math.sqrt(squares), tonumber(plan[2] or '0')
+redis.call('HSET', K.run(run), 'attempt_done', step)
+if step == at[3] then redis.call('HSET', K.run(run), 'concluded', attempt) end
+local norm, bound = math.sqrt(squares), tonumber(plan[4] or '0')
 local scale = 1
 if bound > 0 then scale = math.min(1, bound / (norm + 1e-6)) end
 local replay = 1
-if tonumber(step) == tonumber(at[4]) + 1 then
+if number == tonumber(at[5]) + 1 then
   replay = 0
   local loss = 0
-  for microbatch = 0, #items - 1 do loss = loss + (losses[microbatch] or 0) end
+  for example = 0, #items - 1 do loss = loss + (losses[example] or 0) end
   redis.call('HSET', K.step(run, step), 'committed_at', now, 'loss', string.format('%.9g', loss),
              'gradient_norm', string.format('%.9g', norm), 'attempt', attempt)
   redis.call('HSET', K.run(run), 'committed', step)
@@ -190,31 +238,49 @@ class RunState:
     checkpoint_directory: str
     published: int
     """The newest step a served version contains."""
+    base: int
+    """The step that the lineage began at: there is no older version of it."""
     attempt: int
     attempt_step: int
+    """The first step of the attempt."""
+    attempt_last: int
+    """The last step of the attempt, so far."""
+    attempt_done: int
+    """The last one that it has committed, or the step before its first."""
     members: tuple[int, ...]
     epochs: tuple[int, ...]
     concluded: int
     loading: tuple[tuple[int, int], ...]
     """(node, epoch) of those told to load their training state."""
-    flush_until: str
+    flushes: tuple[str, ...]
+    """The newest examples at each flush that isn't planned yet, in order: no step reaches across one."""
+    rolling_back: str
+    """The rollback on its way: nothing is committed until it has ended."""
+    refused: str
+    """Why the newest checkpoint can't be loaded, if a stage found that."""
     kept_from: int
     """The oldest step whose payloads are still there."""
 
     @property
     def in_flight(self) -> bool:
-        """An attempt was started and neither committed nor replayed."""
+        """An attempt has steps that are neither committed nor replayed."""
         return self.attempt > self.concluded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStep:
-    """What a step consists of: fixed before it runs, whoever runs it."""
+    """What a step consists of: fixed before it runs, whoever runs it.
+
+    Examples are counted from 0 in submission order. Contiguous ones are packed into microbatches, contiguous
+    microbatches are a virtual shard.
+    """
 
     run: str
     step: int
     items: tuple[str, ...]
-    """One microbatch each, in submission order."""
+    """The examples."""
+    cuts: tuple[int, ...]
+    """How many examples each microbatch has."""
     shards: tuple[int, ...]
     """The virtual shard of each microbatch, rising."""
     reference_tokens: int
@@ -226,12 +292,28 @@ class PlannedStep:
     """Gradients are scaled down to this norm over all parameters; 0: never."""
     optimizer: str = "adamw"
     excluded: tuple[int, ...] = ()
-    """Microbatches that couldn't be learned from, found in earlier attempts."""
+    """Examples that couldn't be learned from, found in earlier attempts."""
+    is_apart: bool = False
+    """Each example is a microbatch and a shard of its own, to find out which can't be learned from."""
+
+    def examples_of(self, microbatch: int) -> tuple[int, ...]:
+        """The examples that a microbatch computes."""
+        first = sum(self.cuts[:microbatch])
+        return tuple(
+            example
+            for example in range(first, first + self.cuts[microbatch])
+            if example not in self.excluded
+        )
 
     @property
     def microbatches(self) -> tuple[int, ...]:
         """Those that are computed, rising."""
-        return tuple(index for index in range(len(self.items)) if index not in self.excluded)
+        return tuple(index for index in range(len(self.cuts)) if self.examples_of(index))
+
+    @property
+    def num_shards(self) -> int:
+        """Virtual shards, those without a microbatch between others included."""
+        return max(self.shards, default=-1) + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,13 +321,13 @@ class GradientReport:
     """What a stage says of its gradients of a step."""
 
     losses: Mapping[int, float]
-    """On the last stage: the microbatches of its node to their share of the step's loss."""
+    """On the last stage: the examples of its node to their share of the step's loss."""
     squares: tuple[float, ...]
     """The sum of squares of each parameter's gradient, in model order; a tied parameter once. Empty if not finite."""
     culprits: tuple[int, ...] = ()
-    """Microbatches whose loss isn't finite."""
+    """Examples whose loss isn't finite."""
     suspects: tuple[int, ...] = ()
-    """Microbatches of shards whose gradient isn't finite: they are blamed only where no loss tells."""
+    """Examples of a step taken apart whose gradient isn't finite: they are blamed only where no loss tells."""
     is_finite: bool = True
 
 
@@ -274,6 +356,7 @@ class Training:
         """Make a step durable; ``changed`` if an example was cancelled meanwhile, ``stale`` if the step exists."""
         fields = {
             "items": json.dumps(step.items),
+            "cuts": json.dumps(step.cuts),
             "shards": json.dumps(step.shards),
             "reference_tokens": step.reference_tokens,
             "learning_rate": repr(step.learning_rate),
@@ -294,6 +377,7 @@ class Training:
             run=self.run,
             step=step,
             items=tuple(json.loads(fields["items"])),
+            cuts=tuple(json.loads(fields["cuts"])),
             shards=tuple(json.loads(fields["shards"])),
             reference_tokens=int(fields["reference_tokens"]),
             learning_rate=float(fields["learning_rate"]),
@@ -302,6 +386,7 @@ class Training:
             max_gradient_norm=float(fields["max_gradient_norm"]),
             optimizer=fields["optimizer"],
             excluded=tuple(json.loads(fields.get("excluded", "[]"))),
+            is_apart=fields.get("apart") == "1",
         )
 
     def examples(self, items: Sequence[str]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -309,31 +394,39 @@ class Training:
         payloads = self.broker.hashes(self.broker.keys.item_payload(item) for item in items)
         return [(tuple(json.loads(p["prompt"])), tuple(json.loads(p["reference"]))) for p in payloads]
 
-    def flush(self) -> tuple[int, bool]:
-        """Have what is queued planned even as a partial step: the last planned step, and whether anything waited."""
-        planned, waiting = self.broker.call(_FLUSH, self.run)
-        return int(planned), bool(int(waiting))
+    def flush(self) -> tuple[int, str]:
+        """Have what is queued planned even as a partial step: the last planned step, and the newest example that waits."""
+        planned, newest = self.broker.call(_FLUSH, self.run)
+        return int(planned), str(newest)
 
     def start_step(
         self,
         leader_epoch: int,
         step: int,
         *,
+        weights: int,
         members: Sequence[int],
         epochs: Sequence[int],
         shard_nodes: Sequence[int],
         seen: RunState,
+        goes_on: bool = False,
     ) -> str:
-        """Begin another attempt at a step (or a committed one's replay); ``stale`` if the run moved on since ``seen``."""
+        """Begin another attempt at a step (or a committed one's replay), or let the one in flight go on with it.
+
+        The step is computed on the version that the step ``weights`` made. ``stale`` if the run moved on since
+        ``seen``.
+        """
         answer = self.broker.call(
             _START_STEP,
             leader_epoch,
             self.run,
             step,
+            weights,
             list(members),
             list(shard_nodes),
             list(epochs),
             seen.attempt,
+            seen.attempt_last if goes_on else "",
             seen.committed,
         )
         return fence(answer)
@@ -343,7 +436,7 @@ class Training:
     ) -> Call:
         """The call that reports a stage's gradients; the last one commits, or rejects what isn't finite."""
         said = {
-            "losses": {str(microbatch): loss for microbatch, loss in report.losses.items()},
+            "losses": {str(example): loss for example, loss in report.losses.items()},
             "squares": list(report.squares),
             "culprits": list(report.culprits),
             "suspects": list(report.suspects),
@@ -369,14 +462,19 @@ def run_state(run: str, fields: Mapping[str, str]) -> RunState:
         planned=number("planned"),
         committed=number("committed"),
         checkpoint=number("checkpoint"),
+        base=number("base"),
         attempt=number("attempt"),
         attempt_step=number("attempt_step"),
+        attempt_last=number("attempt_last", number("attempt_step")),
+        attempt_done=number("attempt_done", number("attempt_step") - 1),
         members=tuple(json.loads(fields.get("members") or "[]")),
         epochs=tuple(json.loads(fields.get("epochs") or "[]")),
         concluded=number("concluded"),
         checkpoint_directory=fields.get("checkpoint_directory", ""),
         published=number("published"),
         loading=tuple((node, epoch) for node, epoch in json.loads(fields.get("loading") or "[]")),
-        flush_until=fields.get("flush_until", ""),
+        flushes=tuple(json.loads(fields.get("flushes") or "[]")),
+        rolling_back=fields.get("rolling_back", ""),
+        refused=fields.get("refused", ""),
         kept_from=number("kept_from", 1),
     )

@@ -8,8 +8,11 @@ at most 20 s. What a move waits for comes from the workers (``shard:S`` written,
     checkpoint:   requested ─▶ writing ─▶ sealed                         (any ─▶ failed)
     fingerprint:  requested ─▶ writing ─▶ sealed
     publish:      requested ─▶ writing ─▶ preparing ─▶ published
+    rollback:     requested ─────────────▶ preparing ─▶ published
+                                              └──────▶ withdrawn ─▶ failed
 
-A snapshot that loses a writer goes back to *requested* with other writers.
+A snapshot that loses a writer goes back to *requested* with other writers. A version that a stage can't load is
+*withdrawn*: the stages forget it, its files go, and what was served stays.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 
 from lemix_common.broker import LEADER_ONLY, NOTICE, Broker, Lua
 from lemix_common.store.items import REPLY, fence
+from lemix_common.store.rollbacks import BEGIN_LINEAGE, WITHDRAWAL
 
 ENDED_STATES = frozenset({"sealed", "published", "failed"})
 
@@ -27,7 +31,8 @@ _OPEN = Lua(
     "open_operation",
     NOTICE
     + """
-local id, fields = ARGV[1], cjson.decode(ARGV[2])
+local leader_epoch, id, fields = ARGV[1], ARGV[2], cjson.decode(ARGV[3])
+if leader_epoch ~= '' and redis.call('GET', K.leader_epoch) ~= leader_epoch then return {'fenced'} end
 if redis.call('EXISTS', K.operation(id)) == 1 then return {'exists'} end
 for name, value in pairs(fields) do redis.call('HSET', K.operation(id), name, value) end
 redis.call('HSET', K.operation(id), 'state', 'requested')
@@ -74,9 +79,10 @@ return {'ok'}
 
 _CHOOSE_WRITERS = Lua(
     "choose_writers",
-    NOTICE
+    LEADER_ONLY
+    + NOTICE
     + """
-local id, before, writers, epochs = unpack(ARGV)
+local id, before, writers, epochs = unpack(ARGV, 2, 5)
 if redis.call('HGET', K.operation(id), 'state') ~= before then return {'stale'} end
 for s = 0, tonumber(redis.call('HGET', K.cluster_state, 'stages')) - 1 do
   redis.call('HDEL', K.operation(id), 'shard:' .. s)
@@ -104,15 +110,20 @@ _SEAL = Lua(
     "seal_snapshot",
     NOTICE
     + """
-local id, directory, sha256 = ARGV[1], ARGV[2], ARGV[3]
-local state, kind, run, step = unpack(redis.call('HMGET', K.operation(id), 'state', 'kind', 'run', 'step'))
-if state ~= 'writing' then return {'stale'} end
+local id, written, directory, sha256 = unpack(ARGV)
+local state, kind, run, step, version, at = unpack(
+  redis.call('HMGET', K.operation(id), 'state', 'kind', 'run', 'step', 'version', 'directory'))
+if state ~= 'writing' or at ~= written then return {'stale'} end
 redis.call('HSET', K.operation(id), 'state', 'sealed', 'directory', directory, 'sha256', sha256)
 redis.call('SREM', K.operations, id)
 redis.call('EXPIRE', K.operation(id), 3600)
 local newest = tonumber(redis.call('HGET', K.run(run), 'checkpoint') or '0')
-if kind == 'checkpoint' and (tonumber(step) >= newest) then
-  redis.call('HSET', K.run(run), 'checkpoint', step, 'checkpoint_directory', directory, 'checkpoint_sha256', sha256)
+if kind == 'checkpoint' then
+  redis.call('HSET', K.checkpoints(run), version, directory)
+  if tonumber(step) >= newest then
+    redis.call('HSET', K.run(run), 'checkpoint', step, 'checkpoint_directory', directory, 'checkpoint_sha256', sha256)
+    redis.call('HDEL', K.run(run), 'refused')
+  end
 end
 notice('OperationAdvanced', 'operation', id, 'state', 'sealed')
 return {'ok'}
@@ -123,11 +134,13 @@ _PREPARE = Lua(
     "prepare_version",
     NOTICE
     + """
-local id, directory, sha256, now = unpack(ARGV)
-local state, version, step = unpack(redis.call('HMGET', K.operation(id), 'state', 'version', 'step'))
-if state ~= 'writing' then return {'stale'} end
+local id, written, directory, sha256, now = unpack(ARGV)
+local state, version, step, at = unpack(redis.call('HMGET', K.operation(id), 'state', 'version', 'step', 'directory'))
+if state ~= 'writing' or at ~= written then return {'stale'} end
+if redis.call('HEXISTS', K.versions, 'preparing') == 1 then return {'waiting'} end
 redis.call('HSET', K.operation(id), 'state', 'preparing', 'directory', directory, 'sha256', sha256)
-redis.call('HSET', K.version(version), 'directory', directory, 'sha256', sha256, 'step', step, 'sealed_at', now)
+redis.call('HSET', K.version(version), 'directory', directory, 'sha256', sha256, 'step', step, 'sealed_at', now,
+           'operation', id)
 redis.call('HSET', K.versions, 'preparing', version)
 notice('PrepareVersion', 'version', version, 'directory', directory)
 return {'ok'}
@@ -139,6 +152,8 @@ _PREPARED = Lua(
     NOTICE
     + """
 local version, node, stage, epoch = unpack(ARGV)
+local live = redis.call('HMGET', K.versions, 'served', 'draining', 'preparing')
+if version ~= live[1] and version ~= live[2] and version ~= live[3] then return {'retired'} end
 redis.call('HSET', K.version(version), 'prepared:' .. node .. ':' .. stage, epoch)
 notice('OperationAdvanced', 'operation', version, 'state', 'preparing')
 return {'ok'}
@@ -149,9 +164,11 @@ _PUBLISH = Lua(
     "publish_version",
     NOTICE
     + REPLY
+    + BEGIN_LINEAGE
     + """
 local id, now = ARGV[1], ARGV[2]
-local state, run, version, step = unpack(redis.call('HMGET', K.operation(id), 'state', 'run', 'version', 'step'))
+local state, run, version, step, kind = unpack(
+  redis.call('HMGET', K.operation(id), 'state', 'run', 'version', 'step', 'kind'))
 if state ~= 'preparing' then return {'stale'} end
 local nodes, stages = unpack(redis.call('HMGET', K.cluster_state, 'nodes', 'stages'))
 local able = 0
@@ -207,9 +224,27 @@ for k = first, tonumber(step) do
   end
 end
 redis.call('HSET', K.run(run), 'published', step)
-redis.call('XADD', K.version_log, 'MAXLEN', '~', 10000, '*', 'version', version, 'parent', old, 'run', run,
-           'step', step, 'examples', examples, 'loss', redis.call('HGET', K.step(run, step), 'loss') or '',
+local parent, loss = old, redis.call('HGET', K.step(run, step), 'loss') or ''
+if kind == 'rollback' then
+  parent, loss = redis.call('HGET', K.operation(id), 'target'), '' -- the step's loss is of other weights
+  begin_lineage(id, run)
+end
+redis.call('XADD', K.version_log, 'MAXLEN', '~', 10000, '*', 'version', version, 'parent', parent, 'run', run,
+           'step', step, 'examples', examples, 'loss', loss,
            'sha256', redis.call('HGET', K.version(version), 'sha256') or '', 'published_at', now)
+return {'ok'}
+""",
+)
+
+_REFUSE = Lua(
+    "refuse_version",
+    NOTICE
+    + WITHDRAWAL
+    + """
+local version, reason = ARGV[1], ARGV[2]
+local id = redis.call('HGET', K.version(version), 'operation')
+if not id or redis.call('HGET', K.operation(id), 'state') ~= 'preparing' then return {'stale'} end
+withdraw(id, version, reason)
 return {'ok'}
 """,
 )
@@ -248,6 +283,18 @@ return {'ok'}
 """,
 )
 
+_REFUSE_TRAINING = Lua(
+    "refuse_training",
+    NOTICE
+    + """
+local run, directory, reason = unpack(ARGV)
+if redis.call('HGET', K.run(run), 'checkpoint_directory') ~= directory then return {'stale'} end
+redis.call('HSET', K.run(run), 'refused', reason, 'loading', '[]')
+notice('TrainingRefused', 'run', run, 'directory', directory, 'reason', reason)
+return {'ok'}
+""",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Versions:
@@ -266,8 +313,12 @@ class Versions:
         optimizer: bool = False,
         writers: Sequence[int] = (),
         epochs: Sequence[int] = (),
+        leader_epoch: int | None = None,
     ) -> None:
-        """Record a wanted snapshot under ``root``; stage s is written by node ``writers[s]`` (none: any that can)."""
+        """Record a wanted snapshot under ``root``; stage s is written by node ``writers[s]`` (none: any that can).
+
+        A coordinator says in which epoch it leads, and gets `Fenced` if it doesn't any more; a client says nothing.
+        """
         fields = {
             "kind": kind,
             "run": run,
@@ -278,7 +329,7 @@ class Versions:
             "opened_at": f"{self.broker.clock.now():.6f}",
         }
         texts = {name: str(value) for name, value in fields.items()}
-        self.broker.call(_OPEN, operation, texts)
+        fence(self.broker.call(_OPEN, "" if leader_epoch is None else leader_epoch, operation, texts))
 
     def operation(self, operation: str) -> dict[str, str]:
         """An operation's fields."""
@@ -309,22 +360,26 @@ class Versions:
         self.broker.call(_SHARD_WRITTEN, operation, stage, directory, dict(report))
 
     def choose_writers(
-        self, operation: str, before: str, writers: Sequence[int], epochs: Sequence[int]
+        self, leader_epoch: int, operation: str, before: str, writers: Sequence[int], epochs: Sequence[int]
     ) -> None:
         """(Re)start a snapshot with these nodes as its stages' writers; what others wrote is forgotten."""
-        self.broker.call(_CHOOSE_WRITERS, operation, before, list(writers), list(epochs))
+        fence(self.broker.call(_CHOOSE_WRITERS, leader_epoch, operation, before, list(writers), list(epochs)))
 
-    def seal(self, operation: str, directory: str, sha256: str) -> None:
-        """writing ─▶ sealed: a fingerprint, or the run's newest checkpoint."""
-        self.broker.call(_SEAL, operation, directory, sha256)
+    def seal(self, operation: str, directory: str, sha256: str, *, written: str) -> None:
+        """writing ─▶ sealed: a fingerprint, or the run's newest checkpoint, of what was ``written`` there."""
+        self.broker.call(_SEAL, operation, written, directory, sha256)
 
-    def prepare(self, operation: str, directory: str, sha256: str) -> None:
+    def prepare(self, operation: str, directory: str, sha256: str, *, written: str) -> None:
         """writing ─▶ preparing: every serving stage loads the sealed version."""
-        self.broker.call(_PREPARE, operation, directory, sha256, f"{self.broker.clock.now():.6f}")
+        self.broker.call(_PREPARE, operation, written, directory, sha256, f"{self.broker.clock.now():.6f}")
 
-    def prepared(self, version: str, *, node: int, stage: int, epoch: int) -> None:
-        """A stage has the version loaded."""
-        self.broker.call(_PREPARED, version, node, stage, epoch)
+    def prepared(self, version: str, *, node: int, stage: int, epoch: int) -> bool:
+        """A stage has the version loaded; False if nobody wants it any more."""
+        return bool(self.broker.call(_PREPARED, version, node, stage, epoch)[0] == "ok")
+
+    def refuse(self, version: str, reason: str) -> None:
+        """preparing ─▶ withdrawn: a stage can't load the version."""
+        self.broker.call(_REFUSE, version, reason)
 
     def publish(self, operation: str) -> str:
         """preparing ─▶ published, if every ready node has it: one flip; its examples are done."""
@@ -376,3 +431,7 @@ class Versions:
                 seen_attempt,
             )
         )
+
+    def refuse_training(self, run: str, directory: str, reason: str) -> None:
+        """A stage can't take its training state from the run's checkpoint in this directory: training stands still."""
+        self.broker.call(_REFUSE_TRAINING, run, directory, reason)

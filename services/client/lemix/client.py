@@ -21,13 +21,13 @@ from lemix.preparation import PreparedItem, prepare
 from lemix.replies import Reply
 from lemix.status import Status, read_status
 from lemix.token_stream import TokenStream
+from lemix.versions import list_versions, roll_back
 from lemix.waiting import WaitingItem
 from lemix_common.errors import BadInput, BrokerUnreachable, QueueFull, WaitTimeout
 from lemix_common.ids import ItemId, Version, check_item_id, new_item_id
 from lemix_common.sampling import GREEDY, Sampling
 from lemix_common.store.cluster import MAIN_RUN
 from lemix_common.store.items import ENDED, Items
-from lemix_common.store.versions import Versions
 
 
 class Client:
@@ -140,8 +140,16 @@ class Client:
         return wait_for_version(self._broker, Version.parse(version), timeout_s=timeout)
 
     def versions(self, count: int = 20) -> list[dict[str, str]]:
-        """The versions published last, newest first."""
-        return Versions(self._broker).published(count)
+        """The newest versions first, published ones and those that have a ``checkpoint`` to go back to."""
+        return list_versions(self._broker, count)
+
+    def rollback(self, version: str, timeout: float | None = None) -> str:
+        """Serve and train the weights of an earlier version again; returns the new version that has them.
+
+        What had begun finishes on the version it began with. Examples of later steps stay done: they were learned, and
+        the weights that learned them were left. `BadInput` and `ClusterError`: nothing was changed.
+        """
+        return roll_back(self._broker, Version.parse(version), timeout_s=timeout)
 
     # ---- the cluster
     def status(self) -> Status:

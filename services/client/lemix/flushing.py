@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lemix_common.broker import Broker
 from lemix_common.clock import wait_until
-from lemix_common.errors import ClusterError
+from lemix_common.errors import ShuttingDown
 from lemix_common.ids import Version
 from lemix_common.store.cluster import Cluster
 from lemix_common.store.training import Training
@@ -19,7 +19,7 @@ _POLL_S = 0.05
 def flush(broker: Broker, run: str, *, timeout_s: float | None) -> str:
     """Have a partial step planned, wait until all planned steps are served; returns the served version."""
     training = Training(broker, run)
-    planned, examples_wait = training.flush()
+    planned, newest = training.flush()
 
     def wait_for(predicate: Callable[[], bool], what: str) -> None:
         wait_until(
@@ -29,8 +29,8 @@ def flush(broker: Broker, run: str, *, timeout_s: float | None) -> str:
             interval_s=_POLL_S,
         )
 
-    if examples_wait:
-        wait_for(lambda: _all_planned(training), "the submitted examples are planned")
+    if newest:
+        wait_for(lambda: _is_planned(training, newest), "the submitted examples are planned")
         planned = training.state().planned
     wait_for(lambda: training.state().published >= planned, f"step {planned} is served")
     return Versions(broker).live()["served"]
@@ -48,9 +48,9 @@ def wait_for_version(broker: Broker, version: Version, *, timeout_s: float | Non
     return versions.live()["served"]
 
 
-def _all_planned(training: Training) -> bool:
+def _is_planned(training: Training, example: str) -> bool:
     oldest = training.queued_examples(1)
-    return not oldest or _order(oldest[0].id) > _order(training.state().flush_until)
+    return not oldest or _order(oldest[0].id) > _order(example)
 
 
 def _order(entry_id: str) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ def _stops(broker: Broker) -> bool:
     """Never True: a cluster that stops will serve nothing new, so waiting for it ends as an error."""
     state = Cluster(broker).state()
     if state.get("state") != "running":
-        raise ClusterError(
-            "the cluster is stopping, so the flush can't end; what was submitted is kept for `lemix up --resume`"
+        raise ShuttingDown(
+            "the cluster is stopping, so this wait can't end; what was submitted is kept until it goes on"
         )
     return False

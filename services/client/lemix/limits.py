@@ -23,9 +23,10 @@ def truncate_prompt(prompt: Ids, num_following: int, what: str, context_length: 
     """The prompt's end that fits before the tokens that follow it; at least one token must."""
     room = context_length - num_following
     if room < 1:
+        advice = "shorten it, or for training --over-long split" if what == "reference" else "ask for fewer"
         raise OverLong(
             f"{num_following} {what} tokens leave no room for a prompt in the model's context of "
-            f"{context_length} tokens: shorten the {what}"
+            f"{context_length} tokens: {advice}"
         )
     return prompt[-room:]
 

@@ -85,6 +85,7 @@ class Status(TypedDict):
     failures: list[Failure]
     training_tax: float
     slo_attainment: float | None
+    """None: what an item takes on an idle node, its base, is measured by a replay, and not known of a live cluster."""
     weights_version: str
     versions: dict[str, str]
     training: dict[str, int]

@@ -23,12 +23,13 @@ class PlaceNode:
 
 @dataclass(frozen=True, slots=True)
 class StartStep:
-    """Begin an attempt at a step, or at the replay of a committed one."""
+    """Begin an attempt at a step, or at the replay of a committed one, or let the one in flight go on with it."""
 
     step: int
     members: tuple[int, ...]
     epochs: tuple[int, ...]
     reason: str
+    goes_on: bool = False
 
 
 @dataclass(frozen=True, slots=True)

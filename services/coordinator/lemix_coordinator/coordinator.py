@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import assert_never
@@ -39,7 +39,7 @@ from lemix_coordinator.placement import place
 from lemix_coordinator.policies import place_item, share_step
 from lemix_coordinator.reader import Reader
 from lemix_coordinator.snapshots import snapshots
-from lemix_coordinator.steps import QueuedExample, plan_next_step
+from lemix_coordinator.steps import QueuedExample, plan_next_step, weights_of
 from lemix_coordinator.training import forget, train
 from lemix_coordinator.transitions import Transitions
 from lemix_coordinator.view import ClusterView, NodeView
@@ -142,10 +142,17 @@ class Coordinator:
             case PlaceNode(node, workers, reason):
                 log.info("node_placed", node=node, workers=workers, reason=reason)
                 self.cluster.place(self.epoch, node, workers)
-            case StartStep(step, members, epochs, reason):
-                shard_nodes = share_step(self.settings, members, step)
+            case StartStep(step, members, epochs, reason, goes_on):
+                shards = self.training.step(step).num_shards
                 answer = self.training.start_step(
-                    self.epoch, step, members=members, epochs=epochs, shard_nodes=shard_nodes, seen=view.run
+                    self.epoch,
+                    step,
+                    weights=weights_of(self.settings, step, base=view.run.base),
+                    members=members,
+                    epochs=epochs,
+                    shard_nodes=share_step(self.settings, members, step, shards=shards),
+                    seen=view.run,
+                    goes_on=goes_on,
                 )
                 log.info("step_started", step=step, members=members, reason=reason, answer=answer)
             case LoadTraining(step, directory, nodes, epochs, reason):
@@ -171,10 +178,11 @@ class Coordinator:
                     optimizer=kind == "checkpoint",
                     writers=writers,
                     epochs=epochs,
+                    leader_epoch=self.epoch,
                 )
             case ChooseWriters(operation, state, writers, epochs, reason):
                 log.info("writers_chosen", operation=operation, writers=writers, reason=reason)
-                self.versions.choose_writers(operation, state, writers, epochs)
+                self.versions.choose_writers(self.epoch, operation, state, writers, epochs)
                 self._enqueued.pop(operation, None)
             case AdvanceOperation(operation, progress):
                 self._enqueue(operation, progress)
@@ -199,25 +207,30 @@ class Coordinator:
     # ---- training
     def _plan_steps(self) -> None:
         run = self.training.state()
-        while run.planned - run.committed < PLAN_AHEAD and self._plan_one(run.planned + 1, run.flush_until):
+        while run.planned - run.committed < PLAN_AHEAD and self._plan_one(run.planned + 1, run.flushes):
             run = self.training.state()
 
-    def _plan_one(self, step: int, flush_until: str) -> bool:
+    def _plan_one(self, step: int, flushes: Sequence[str]) -> bool:
         entries = self.training.queued_examples(self.settings.step_examples)
         if not entries:
             return False
         if self.settings.max_step_wait_s and self._age_s(entries[0]) > self.settings.max_step_wait_s:
-            flush_until = entries[-1].id
+            flushes = (*flushes, entries[-1].id)
         fields = self.broker.hashes(self.broker.keys.item(entry.fields["item"]) for entry in entries)
         gone = [entry for entry, item in zip(entries, fields, strict=True) if item.get("state") != "queued"]
         if gone:
             self.training.drop_examples(self.epoch, gone)
             return True
         queued = [
-            QueuedExample(entry.id, entry.fields["item"], int(entry.fields["reference_tokens"]))
+            QueuedExample(
+                entry=entry.id,
+                item=entry.fields["item"],
+                tokens=int(entry.fields["tokens"]),
+                reference_tokens=int(entry.fields["reference_tokens"]),
+            )
             for entry in entries
         ]
-        planned = plan_next_step(queued, self.settings, run=MAIN_RUN, step=step, flush_until=flush_until)
+        planned = plan_next_step(queued, self.settings, run=MAIN_RUN, step=step, flushes=flushes)
         if planned is None:
             return False
         answer = self.training.plan(self.epoch, planned[0], cursor=planned[1])

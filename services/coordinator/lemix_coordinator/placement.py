@@ -38,11 +38,17 @@ def place(view: ClusterView) -> Iterator[ForgetWorker | PlaceNode]:
 
 
 def _form(view: ClusterView, living: Mapping[Position, str], alive: list[str]) -> Mapping[Position, str]:
-    """Evenly over the workers that are there, neighbours together; more than the settings ask for stand by."""
+    """Evenly over the workers that are there; more than the settings ask for stand by.
+
+    Neighbours are together, but with an interleaved schedule a node's stages go round its workers.
+    """
     waited_s = max(view.empty_for_s.values(), default=0.0)
     if not alive or (len(alive) < view.settings.num_workers and waited_s < view.settings.takeover_after_s):
         return living
-    hosts = alive[: view.settings.num_workers]
+    settings, hosts = view.settings, alive[: view.settings.num_workers]
+    each = settings.num_workers // settings.nodes
+    if settings.schedule == "interleaved" and len(hosts) == settings.num_workers:
+        return {(node, stage): hosts[node * each + stage % each] for node, stage in living}
     return {position: hosts[i * len(hosts) // len(living)] for i, position in enumerate(sorted(living))}
 
 

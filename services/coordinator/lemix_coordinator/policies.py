@@ -24,9 +24,10 @@ def place_item(settings: ClusterSettings, ready: Sequence[int], sequence: int) -
     return able[sequence % len(able)]
 
 
-def share_step(settings: ClusterSettings, members: Sequence[int], step: int) -> tuple[int, ...]:
+def share_step(
+    settings: ClusterSettings, members: Sequence[int], step: int, *, shards: int
+) -> tuple[int, ...]:
     """The member that computes each virtual shard of a step; every shard goes to one node, whoever is a member."""
-    shards = settings.virtual_shards
     if settings.policy == "random":
         draw = random.Random(f"{settings.seed}:step:{step}")
         return tuple(draw.choice(members) for _ in range(shards))

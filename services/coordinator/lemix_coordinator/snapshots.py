@@ -23,6 +23,7 @@ def snapshots(view: ClusterView) -> Iterator[OpenSnapshot | ChooseWriters | Adva
         is_idle = run.planned == run.committed
         if (
             view.operation_of("publish") is None
+            and view.operation_of("rollback") is None
             and not view.draining
             and behind
             and (behind >= view.settings.publish_every or is_idle)
@@ -40,6 +41,9 @@ def _advance(
 ) -> Iterator[ChooseWriters | AdvanceOperation]:
     stages = view.settings.stages
     match operation.state:
+        case "requested" if operation.kind == "rollback":
+            if not view.draining:  # a third served version has no place
+                yield AdvanceOperation(operation.operation, "requested")
         case "requested" if not operation.writers:
             if writers is not None:
                 yield ChooseWriters(operation.operation, "requested", *writers, "asked for")

@@ -11,16 +11,20 @@ from lemix_coordinator.view import ClusterView, NodeView
 def train(view: ClusterView) -> Iterator[StartStep | LoadTraining | OpenSnapshot | ForgetSteps]:
     """The next thing training needs, if anything.
 
-    An attempt whose members all live goes on. Otherwise, with every able node at the committed step: the next planned
+    An attempt whose members all live goes on, where steps overlap with the next planned step. Otherwise, with every able node at the committed step: the next planned
     step. A node that lacks the committed state takes it from a checkpoint that living stages write now; where nobody
     has that state any more, all go back to the last checkpoint and replay the committed steps.
     """
     run = view.run
-    if run.in_flight and _attempt_lives(view):
-        return
     wanted = set(view.settings.training_nodes)
     able = [node for node in view.nodes if node.is_ready and node.node in wanted]
-    if not able or _loading(view):
+    if run.refused:  # those that have the state go on, until a new checkpoint gives it to the others
+        able = [node for node in able if node.training_step == run.committed]
+    if run.in_flight and _attempt_lives(view):
+        if _may_go_on(view, able):
+            yield StartStep(run.attempt_last + 1, run.members, run.epochs, "overlapping", goes_on=True)
+        return
+    if not able or run.rolling_back or _loading(view):
         return
     levels = {node.training_step for node in able}
     if levels == {run.committed}:
@@ -77,10 +81,22 @@ def _attempt_lives(view: ClusterView) -> bool:
 
     One that says it is a step further had that step's optimizer still to run when its node was placed anew.
     """
-    before = view.run.attempt_step - 1
+    before = view.run.attempt_done
     at = {node.node: (node.epoch, node.training_step) for node in view.nodes if node.is_ready}
     members = zip(view.run.members, view.run.epochs, strict=True)
     return all(at.get(member) == (epoch, before) for member, epoch in members)
+
+
+def _may_go_on(view: ClusterView, able: Sequence[NodeView]) -> bool:
+    """With `a-pp`, while nobody waits to take part, the next step begins before the last one's commit."""
+    run = view.run
+    return (
+        view.settings.overlaps_steps
+        and run.attempt_last == run.attempt_done + 1
+        and run.attempt_last < run.planned
+        and {node.node for node in able} <= set(run.members)
+        and not view.is_stopping
+    )
 
 
 def _loading(view: ClusterView) -> bool:

@@ -9,10 +9,12 @@ from pathlib import Path
 from torch import Tensor
 from transformers import DynamicCache
 
+from lemix_common.ids import Version
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.model.stage import StageCut, StageModel, build_stage
-from lemix_stage_worker.model.weights import open_weights
-from lemix_stage_worker.training_state import TrainingState, moment_names
+from lemix_stage_worker.sealed_weights import open_sealed
+from lemix_stage_worker.trained_weights import Weights
+from lemix_stage_worker.training_state import TrainingState, optimizer_name, optimizer_names
 
 BASE_DIRECTORY = ""
 """What stands for the model folder where a version's directory is asked for."""
@@ -64,7 +66,9 @@ class HostedStage:
     @property
     def memory_bytes(self) -> int:
         """Weights of all resident versions; one that training shares is counted once."""
-        owned = self.training is not None and self.training.owns_weights
+        state = self.training
+        trained = [state.newest, state.older] if state is not None else []
+        owned = sum(weights is not None and not weights.is_shared for weights in trained)
         return self.template.weight_bytes * (len(self.versions) + owned)
 
     def open_cache(self, key: CacheKey, version: str) -> None:
@@ -89,23 +93,44 @@ def load_version(source: ModelSource, template: StageModel, directory: str) -> S
     return shell
 
 
-def load_training(source: ModelSource, template: StageModel, directory: str, step: int) -> TrainingState:
-    """The training state of a checkpoint (or the model folder's weights and a fresh optimizer)."""
-    shell = template.shell()
-    shell.load(read_weights(source, template, directory))
-    moments: Mapping[str, Tensor] = {}
-    if directory != BASE_DIRECTORY:
-        weights = open_weights(Path(directory))
-        wanted = [name for name in moment_names(template) if name in weights.specs]
-        moments = weights.read(wanted)
-    return TrainingState(shell, step, moments, owns_weights=True)
+def load_training(
+    source: ModelSource, template: StageModel, directory: str, version: Version, *, overlaps: bool = False
+) -> TrainingState:
+    """A checkpoint's training state (or the model folder's weights and a fresh optimizer) as that of ``version``."""
+    if directory == BASE_DIRECTORY:
+        base = _loaded(template, read_weights(source, template, directory))
+        return TrainingState(version.step, base, overlaps, lineage=version.lineage)
+    weights = open_sealed(Path(directory))
+    names = template.parameter_names()
+    masters = weights.read(names)
+    newest = _loaded(template, {name: tensor.to(source.dtype) for name, tensor in masters.items()})
+    others = weights.read([name for name in optimizer_names(template) if name in weights.specs])
+    older = {name: others.pop(optimizer_name("older", name), None) for name in names}
+    kept = {name: tensor for name, tensor in older.items() if tensor is not None}
+    return TrainingState(
+        version.step,
+        newest,
+        overlaps,
+        older=_loaded(template, kept) if overlaps and kept else None,
+        moments=others,
+        masters=masters if newest.is_half else {},
+        lineage=version.lineage,
+    )
 
 
-def training_on(served: StageModel, template: StageModel, step: int) -> TrainingState:
+def training_on(
+    served: StageModel, template: StageModel, version: Version, *, overlaps: bool = False
+) -> TrainingState:
     """A training state that shares a served version's tensors until its first step."""
+    tensors = {leaf.source: leaf.parameter.detach() for leaf in served.all_leaves()}
+    weights = _loaded(template, tensors, is_shared=True)
+    return TrainingState(version.step, weights, overlaps, lineage=version.lineage)
+
+
+def _loaded(template: StageModel, tensors: Mapping[str, Tensor], *, is_shared: bool = False) -> Weights:
     shell = template.shell()
-    shell.load({leaf.source: leaf.parameter.detach() for leaf in served.all_leaves()})
-    return TrainingState(shell, step)
+    shell.load(tensors)
+    return Weights(shell, is_shared)
 
 
 def read_weights(source: ModelSource, template: StageModel, directory: str) -> dict[str, Tensor]:
@@ -113,6 +138,4 @@ def read_weights(source: ModelSource, template: StageModel, directory: str) -> d
     names = template.parameter_names()
     if directory == BASE_DIRECTORY:
         return source.read(names)
-    return {
-        name: tensor.to(source.dtype) for name, tensor in open_weights(Path(directory)).read(names).items()
-    }
+    return {name: t.to(source.dtype) for name, t in open_sealed(Path(directory)).read(names).items()}

@@ -9,11 +9,13 @@ from typing import Protocol
 import structlog
 
 from lemix_common.broker import Broker
-from lemix_common.errors import ModelError
+from lemix_common.errors import Fenced, WeightsDamaged
+from lemix_common.ids import BASE_VERSION, Version
 from lemix_common.messages import LoadTraining
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import Items
+from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.training import Training
 from lemix_common.store.versions import Versions
 from lemix_stage_worker.background import Background
@@ -159,11 +161,10 @@ class Hosting:
             self._report_ready(host)
 
         def failed(error: Exception) -> None:
-            if isinstance(error, ModelError) and self.versions.live().get("served") != "0.0":
-                self._build(node, stage)  # a version was retired while it was read: read what is live now
-                return
-            self.cluster.stage_failed(node, stage, self.neighbours[node].epoch, str(error))
-            self.background.failure = error
+            if isinstance(error, Fenced):
+                self._build(node, stage)
+            else:
+                self._give_up(node, stage, error)
 
         self._building.add((node, stage))
         self.background.do(lambda: self._load_stage(node, stage), built, failed)
@@ -176,8 +177,9 @@ class Hosting:
         served = {version: self._load_version(template, version) for version in names}
         run, training = self.training.state(), None
         if run.committed == 0 and node in self.settings.training_nodes:
-            base = served.get(f"{run.lineage}.0") or load_version(self.source, template, BASE_DIRECTORY)
-            training = training_on(base, template, 0)
+            base = served.get(str(BASE_VERSION)) or load_version(self.source, template, BASE_DIRECTORY)
+            at = Version(run.lineage, 0)
+            training = training_on(base, template, at, overlaps=self.settings.overlaps_steps)
         return HostedStage(
             node=node,
             stage=stage,
@@ -191,37 +193,42 @@ class Hosting:
     def _report_ready(self, host: HostedStage) -> None:
         """Say that the stage can serve in its epoch; versions that became live meanwhile are loaded first."""
         epoch, layers = host.epoch, self.layers[host.stage]
-        step = host.training.step if host.training is not None else None
+        training = host.training.version if host.training is not None else None
 
-        def report() -> dict[str, StageModel]:
-            missing = self.cluster.stage_ready(
+        def report() -> tuple[dict[str, StageModel], list[str]]:
+            missing, retired = self.cluster.stage_ready(
                 self.name,
                 node=host.node,
                 stage=host.stage,
                 epoch=epoch,
-                training=step,
+                training=training,
                 versions=list(host.versions),
                 layers=(layers.start, layers.stop - 1),
                 memory_bytes=host.memory_bytes,
             )
-            return {version: self._load_version(host.template, version) for version in missing}
+            return {version: self._load_version(host.template, version) for version in missing}, retired
 
-        def reported(loaded: dict[str, StageModel]) -> None:
+        def reported(answer: tuple[dict[str, StageModel], list[str]]) -> None:
+            loaded, retired = answer
             host.versions.update(loaded)
+            for version in retired:  # while the stage was being built
+                host.versions.pop(version, None)
             if host.epoch != epoch:
                 return
             if loaded:
                 self._report_ready(host)
                 return
             host.is_ready = True
-            if host.training is not None and host.training.step != step:  # an optimizer ran meanwhile
+            if host.training is not None and host.training.version != training:  # an optimizer ran meanwhile
                 self.owner.training_at(host, host.training.step)
             self.owner.stage_ready(host)
             self.pull_if_whole(host.node)
 
         def failed(error: Exception) -> None:
             log.warning("stage_not_ready", node=host.node, stage=host.stage, reason=str(error))
-            if host.epoch == epoch:
+            if isinstance(error, WeightsDamaged):
+                self._give_up(host.node, host.stage, error)
+            elif host.epoch == epoch:
                 self._report_ready(host)
 
         self.background.do(report, reported, failed)
@@ -247,24 +254,34 @@ class Hosting:
         self.background.do(is_whole, pull)
 
     # ---- versions
-    def prepare(self, version: str, directory: str) -> None:
+    def prepare(self, version: str) -> None:
         """Load a sealed version into every stage here, and say so."""
         for host in self.stages.values():
-            self._prepare(host, version, directory)
+            self._prepare(host, version)
 
     def retire(self, version: str) -> None:
         """Give a version's memory back."""
         for host in self.stages.values():
             host.versions.pop(version, None)
 
-    def _prepare(self, host: HostedStage, version: str, directory: str) -> None:
+    def _prepare(self, host: HostedStage, version: str) -> None:
         def prepared(shell: StageModel) -> None:
             host.versions[version] = shell
             self.background.do(
-                lambda: self.versions.prepared(version, node=host.node, stage=host.stage, epoch=host.epoch)
+                lambda: self.versions.prepared(version, node=host.node, stage=host.stage, epoch=host.epoch),
+                keep,
             )
 
-        self.background.do(lambda: load_version(self.source, host.template, directory), prepared)
+        def keep(is_wanted: bool) -> None:
+            if not is_wanted:  # retired, or withdrawn, while it was loaded
+                host.versions.pop(version, None)
+
+        def failed(error: Exception) -> None:
+            log.error("version_not_prepared", node=host.node, version=version, reason=str(error))
+            if not isinstance(error, (Fenced, WeightsDamaged)):
+                self.background.failure = error
+
+        self.background.do(lambda: self._load_version(host.template, version), prepared, failed)
 
     def load_training(self, host: HostedStage, notice: LoadTraining) -> None:
         """Give a stage the training state of a checkpoint."""
@@ -275,9 +292,54 @@ class Hosting:
                 host.training = state
                 self.owner.training_at(host, state.step)
 
-        self.background.do(
-            lambda: load_training(self.source, host.template, notice.directory, notice.step), loaded
-        )
+        def load() -> TrainingState:
+            return load_training(
+                self.source,
+                host.template,
+                notice.directory,
+                Version(notice.lineage, notice.step),
+                overlaps=self.settings.overlaps_steps,
+            )
+
+        def failed(error: Exception) -> None:
+            log.error("training_refused", node=host.node, stage=host.stage, reason=str(error))
+            if isinstance(error, WeightsDamaged):
+                reason = f"{error}: {self._way_out(notice.directory)}"
+                self.background.do(lambda: self.versions.refuse_training(notice.run, notice.directory, reason))
+            else:
+                self.background.failure = error
+
+        self.background.do(load, loaded, failed)
+
+    def _way_out(self, damaged: str) -> str:
+        """What a user can do about a damaged checkpoint."""
+        known = Rollbacks(self.broker, MAIN_RUN).checkpoints().items()
+        before = [version for version, directory in known if directory != damaged]
+        return f"bring the file back and `lemix up --resume`, or go back with `lemix rollback {before[-1]}`"
 
     def _load_version(self, template: StageModel, version: str) -> StageModel:
-        return load_version(self.source, template, self.versions.version(version).get("directory", ""))
+        """A live version's weights; `Fenced` if it isn't live any more.
+
+        A version that isn't served yet is refused where it is damaged. One that is served may have a checkpoint, which
+        has the same bits.
+        """
+        gone = Fenced(f"version {version} is not served any more")
+        directory = self.versions.version(version).get("directory")
+        if directory is None:
+            raise gone
+        try:
+            return load_version(self.source, template, directory)
+        except WeightsDamaged as error:
+            self.versions.refuse(version, str(error))
+            if version not in self.versions.live().values():
+                raise gone from error
+            copy = Rollbacks(self.broker, MAIN_RUN).checkpoints().get(Version.parse(version), directory)
+            if copy == directory:
+                raise
+            log.warning("version_damaged", version=version, reason=str(error), instead=copy)
+            return load_version(self.source, template, copy)
+
+    def _give_up(self, node: int, stage: int, error: Exception) -> None:
+        """The stage can't work here: the reason stops a cluster that starts."""
+        self.cluster.stage_failed(node, stage, self.neighbours[node].epoch, str(error))
+        self.background.failure = error

@@ -1,58 +1,168 @@
 """One microbatch's way through a stage's layers and back, with a safepoint at every border.
 
 One call of autograd's backward can't be interrupted. So the borders between layers are detached: each layer has a
-graph of its own, and between any two the compute loop may serve a request. The numbers are those of one graph.
+graph of its own, and between any two the compute loop may serve a request. The numbers are those of one graph: also of
+a backward in two halves (see `split_backward`), and of one that computes a layer again instead of keeping it.
+
+A microbatch is one row of several examples, one after the other without padding. Each has positions of its own and
+attends to itself only (see `model.attention`), so what is computed for it is what is computed for it alone; only the
+parameters' gradients, which are sums over the row, may round differently.
+
+The head is passed in chunks, each with a backward of its own. A microbatch with more targets than fit one chunk adds
+the head's gradient up chunk by chunk, which rounds differently from one graph; the same way in every schedule and cut.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from lemix_stage_worker.model.scoring import loss_sum, target_rows
+from lemix_stage_worker.model.scoring import target_rows, token_logprobs
 from lemix_stage_worker.model.stage import StageModel
+from lemix_stage_worker.split_backward import Join, Shelf, input_gradient
 
 HEAD_ROWS = 256
 """Positions whose logits are computed at a time: they are the largest tensor of a step."""
 
 
 @dataclass(eq=False)
+class LayerGraph:
+    """One layer's part in a pass: its graph, from its forward to its last gradient."""
+
+    part: StageModel
+    source: Tensor
+    """Of its own, where the borders are detached."""
+    positions_T: Tensor
+    splits: bool
+    shelf: Shelf = field(default_factory=Shelf)
+    output: Tensor | None = None
+    """With its graph; None while there is none."""
+    joins: list[Join] = field(default_factory=list)
+    """Where the second half goes on."""
+    left: Tensor | None = None
+    """The output's gradient, where the second half does everything."""
+
+    def compute(self) -> Tensor:
+        """The output, keeping its graph."""
+        with self.shelf.keeping() if self.splits else nullcontext():
+            self.output = self.part(self.source, self.positions_T)
+        return self.output
+
+    def compute_only(self) -> Tensor:
+        """The output without a graph."""
+        with torch.no_grad():
+            return self.part(self.source, self.positions_T)
+
+    def backward(self, gradient_BTD: Tensor) -> Tensor | None:
+        """Accumulate the parameters' gradients; the input's."""
+        assert self.output is not None
+        output, self.output = self.output, None
+        torch.autograd.backward(output, gradient_BTD)
+        return self.source.grad
+
+    def input_gradient(self, gradient_BTD: Tensor) -> Tensor | None:
+        """The input's gradient, without the parameters'; None at the embedding, which leaves all for later."""
+        if not self.source.requires_grad:
+            self.left = gradient_BTD
+            return None
+        assert self.output is not None
+        output, self.output = self.output, None
+        gradient, self.joins = input_gradient(output, gradient_BTD, self.source, self.shelf)
+        return gradient
+
+    def weight_gradient(self) -> None:
+        """Accumulate the parameters' gradients that `input_gradient` left."""
+        if self.left is not None:
+            self.backward(self.left)
+        while self.joins:
+            self.joins.pop(0).accumulate()
+
+
+@dataclass(eq=False)
 class LayerPass:
-    """A microbatch between its forward and its backward: the input and output of every layer."""
+    """A microbatch between its forward and its last gradient."""
 
     parts: Sequence[StageModel]
-    borders: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    lengths: tuple[int, ...] = ()
+    """The tokens of each example in the row; empty: the row is one example."""
+    recompute: bool = False
+    """Keep only each layer's input, and compute the layer again when its gradients are asked for."""
+    splits: bool = False
+    """Make `input_gradient` let go of what the weights' half doesn't need."""
     gradient: Tensor | None = None
-    """After the backward, that of the stage's input; None at the embedding."""
+    """After `backward` or `input_gradient`, that of the stage's input; None at the embedding."""
+    _output: Tensor | None = None
+    _graphs: list[LayerGraph] = field(default_factory=list)
+    """Those still to go back through, the last of them next."""
+    _halves: deque[LayerGraph] = field(default_factory=deque)
+    """Those whose second half is left, the first of them next."""
 
     @property
     def output(self) -> Tensor:
         """What the last layer computed: hidden_BTD."""
-        return self.borders[-1][1]
+        assert self._output is not None, "the forward has not come to its end"
+        return self._output
 
     def forward(self, source: Tensor) -> Iterator[None]:
         """Run the layers on ids_BT or hidden_BTD; yields after each."""
-        positions_T = torch.arange(source.shape[1])
+        lengths = self.lengths or (source.shape[1],)
+        positions_T = torch.cat([torch.arange(length, device=source.device) for length in lengths])
         for part in self.parts:
             source = source.detach()
             if source.is_floating_point():
                 source.requires_grad_()
-            output = part(source, positions_T)
-            self.borders.append((source, output))
-            source = output
+            graph = LayerGraph(part, source, positions_T, self.splits)
+            self._graphs.append(graph)
+            source = graph.compute_only() if self.recompute else graph.compute()
             yield
+        self._output = source.detach()
 
     def backward(self, gradient_BTD: Tensor) -> Iterator[None]:
         """Run them backwards, accumulating the parameters' gradients; yields after each layer."""
-        self.gradient = gradient_BTD
-        while self.borders:
-            source, output = self.borders.pop()
-            torch.autograd.backward(output, self.gradient)
-            self.gradient = source.grad
+        gradient: Tensor | None = gradient_BTD
+        for graph in self._backwards():
+            yield from _computed(graph)
+            assert gradient is not None
+            gradient = graph.backward(gradient)
             yield
+        self.gradient = gradient
+
+    def input_gradient(self, gradient_BTD: Tensor) -> Iterator[None]:
+        """The first half of `backward`: the input's gradient alone; yields after each layer."""
+        gradient: Tensor | None = gradient_BTD
+        for graph in self._backwards():
+            if graph.source.requires_grad:
+                yield from _computed(graph)
+            assert gradient is not None
+            gradient = graph.input_gradient(gradient)
+            self._halves.append(graph)
+            yield
+        self.gradient = gradient
+
+    def weight_gradient(self) -> Iterator[None]:
+        """The second half: accumulate the parameters' gradients; yields after each layer."""
+        while self._halves:
+            graph = self._halves.popleft()
+            if graph.left is not None:
+                yield from _computed(graph)
+            graph.weight_gradient()
+            yield
+
+    def _backwards(self) -> Iterator[LayerGraph]:
+        while self._graphs:
+            yield self._graphs.pop()
+
+
+def _computed(graph: LayerGraph) -> Iterator[None]:
+    """Compute a layer whose graph wasn't kept."""
+    if graph.output is None:
+        graph.compute()
+        yield
 
 
 @dataclass(eq=False)
@@ -61,19 +171,51 @@ class HeadPass:
 
     model: StageModel
     hidden_BTD: Tensor
-    loss: float = 0.0
+    lengths: tuple[int, ...] = ()
+    """The tokens of each example in the row; empty: the row is one example."""
+    losses: tuple[float, ...] = ()
+    """What each example adds to the loss, in order; their sum is the loss."""
+    _gradients: list[Tensor] = field(default_factory=list)
+    """Of the hidden states, then of the head's parameters."""
+
+    @property
+    def loss(self) -> float:
+        return sum(self.losses)
 
     def run(self, targets_BT: Tensor, num_targets: int) -> Iterator[None]:
-        """Loss (a mean over ``num_targets``) and backward, some positions at a time; yields after each."""
+        """Loss (a mean over ``num_targets``) and backward, `HEAD_ROWS` positions at a time; yields after each.
+
+        The parameters' gradients are kept back until `add_gradients`: a schedule may run several microbatches' heads
+        before it comes to the weights' half of the first one's backward.
+        """
         self.hidden_BTD = self.hidden_BTD.detach().requires_grad_()
+        lengths = self.lengths or (self.hidden_BTD.shape[1],)
+        example_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        losses_E = torch.zeros(len(lengths), dtype=torch.float64)
+        self.losses = (0.0,) * len(lengths)
         for rows_R in target_rows(targets_BT[0], max_rows=HEAD_ROWS):
-            loss = loss_sum(self.model, self.hidden_BTD[0][rows_R], targets_BT[0][rows_R]) / num_targets
-            torch.autograd.backward(loss)
-            self.loss += float(loss.detach())
+            logprobs_R = token_logprobs(self.model, self.hidden_BTD[0][rows_R], targets_BT[0][rows_R])
+            found = torch.autograd.grad(
+                -logprobs_R.sum() / num_targets, [self.hidden_BTD, *self._parameters()]
+            )
+            for total, gradient in zip(self._gradients, found, strict=False):
+                total.add_(gradient)
+            self._gradients = self._gradients or list(found)
+            losses_E.index_add_(0, example_T[rows_R.cpu()], -logprobs_R.detach().cpu().double())
+            self.losses = tuple((losses_E / num_targets).tolist())
             yield
 
     @property
     def gradient_BTD(self) -> Tensor:
         """Of the hidden states; zeros where nothing was asked."""
-        gradient = self.hidden_BTD.grad
-        return torch.zeros_like(self.hidden_BTD) if gradient is None else gradient
+        return self._gradients[0] if self._gradients else torch.zeros_like(self.hidden_BTD)
+
+    def add_gradients(self) -> None:
+        """Accumulate the parameters' gradients."""
+        for parameter, gradient in zip(self._parameters(), self._gradients[1:], strict=False):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self._gradients = self._gradients[:1]
+
+    def _parameters(self) -> list[Tensor]:
+        assert self.model.head is not None
+        return list(self.model.head.parameters())

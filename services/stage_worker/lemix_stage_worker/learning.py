@@ -1,20 +1,24 @@
-"""Training steps on one stage: microbatches forward and backward, shards' sums, commit, optimizer.
+"""Training on one stage: steps in attempts, microbatches in the schedule's order, shards' sums, commit, optimizer.
 
-A step is computed in attempts. An attempt's gradients are kept until it commits or another attempt begins; the
-optimizer runs only when the control stream says that the step is committed.
+A step is computed in attempts. Its gradients are kept until the step commits or another attempt begins; the optimizer
+runs only when the control stream says that the step is committed.
+
+Of each stage one piece of training work at a time waits for the compute loop. What it is follows from the schedule's
+order, not from what happens to arrive first. Two things may pass a piece that can't run yet, since neither needs more
+memory nor changes a number: gradients of weights, which nobody waits for, and a backward where the next forward waits
+for weights that only a commit makes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import structlog
-import torch
 from torch import Tensor
 
+from lemix_common.ids import Version
 from lemix_common.messages import (
     AddShardGradients,
     AddTiedGradient,
@@ -26,19 +30,25 @@ from lemix_common.messages import (
     TrainForward,
     WriteShards,
 )
+from lemix_common.schedules import Work
+from lemix_common.settings import ClusterSettings
 from lemix_common.store.training import GradientReport, PlannedStep
-from lemix_stage_worker.gradients import ShardSum
+from lemix_stage_worker.course import Piece, follow, pieces_of
 from lemix_stage_worker.hosted_stage import HostedStage
 from lemix_stage_worker.layer_passes import HeadPass, LayerPass
-from lemix_stage_worker.model.scoring import NO_TARGET
 from lemix_stage_worker.ready_queue import Task, Urgency
+from lemix_stage_worker.step_work import Example, MicrobatchPass, Returned, Row, StepWork
 
 log = structlog.get_logger()
 
-Example = tuple[tuple[int, ...], tuple[int, ...]]
-"""Prompt and reference."""
 TrainingFrame = TrainForward | TrainBackward | AddShardGradients | AddTiedGradient
 TIED_HEAD = "lm_head.weight"
+URGENCY = {
+    Work.FORWARD: Urgency.FORWARD,
+    Work.BACKWARD: Urgency.BACKWARD,
+    Work.INPUT_GRADIENT: Urgency.BACKWARD,
+    Work.WEIGHT_GRADIENT: Urgency.WEIGHT_GRADIENT,
+}
 
 
 class TrainingSurroundings(Protocol):
@@ -62,39 +72,18 @@ class TrainingSurroundings(Protocol):
     def write_shard(self, host: HostedStage, request: WriteShards, tensors: Mapping[str, Tensor]) -> None:
         """Make a snapshot durable in the background."""
 
-    def fetch_step(self, host: HostedStage, step: int, attempt: int, microbatches_of: int | None) -> None:
+    def fetch_step(self, host: HostedStage, notice: RunStep) -> None:
         """Read a planned step (and, at stage 0, this node's examples) in the background."""
 
 
-@dataclass(eq=False)
-class Attempt:
-    """One try to compute a step, on one stage."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrived:
+    """A frame that can't be taken yet."""
 
-    notice: RunStep
-    planned: PlannedStep | None = None
-    examples: dict[int, Example] = field(default_factory=dict)
-    """At stage 0: this node's, by microbatch."""
-    waiting: list[int] = field(default_factory=list)
-    """Microbatches of stage 0 not begun yet."""
-    in_flight: dict[int, LayerPass | None] = field(default_factory=dict)
-    """Microbatches between the begin of their forward and the end of their backward."""
-    left: dict[int, int] = field(default_factory=dict)
-    """This node's shards to the microbatches whose backward is still to come."""
-    losses: dict[int, float] = field(default_factory=dict)
-    culprits: set[int] = field(default_factory=set)
-    """Microbatches whose loss isn't finite."""
-    suspects: set[int] = field(default_factory=set)
-    """Microbatches of shards whose gradient isn't finite."""
-    sums: ShardSum | None = None
-    tied: Tensor | None = None
-    """The other end's gradient of a tied embedding."""
-    total: dict[str, Tensor] | None = None
-    """What the optimizer takes, once every shard is in."""
-    sent_tied: bool = False
-    early: list[tuple[TrainingFrame, tuple[Tensor, ...], Callable[[], None], float]] = field(
-        default_factory=list
-    )
-    """Frames that arrived before the step was read or the version was resident."""
+    frame: TrainingFrame
+    tensors: tuple[Tensor, ...]
+    release: Callable[[], None]
+    at: float
 
 
 @dataclass
@@ -102,58 +91,69 @@ class Learner:
     """One stage's training. Owned by the compute loop."""
 
     host: HostedStage
+    settings: ClusterSettings
     around: TrainingSurroundings
     now: Callable[[], float]
-    attempt: Attempt | None = None
-    ahead: list[tuple[TrainingFrame, tuple[Tensor, ...], Callable[[], None], float]] = field(
-        default_factory=list
-    )
-    """Frames of an attempt whose notice hasn't been read yet."""
+    attempt: int = -1
+    steps: dict[int, StepWork] = field(default_factory=dict)
+    """Of the attempt, those whose optimizer hasn't run."""
     snapshots: list[WriteShards] = field(default_factory=list)
+    _newest: int = -1
+    """The last step of the attempt whose notice was read."""
+    _ahead: list[Arrived] = field(default_factory=list)
+    """Frames of a step whose notice hasn't been read yet."""
+    _todo: list[Piece] = field(default_factory=list)
+    _running: Piece | None = None
+    """The piece that the compute loop has."""
+    _held: int = 0
+    """Microbatches whose forward was taken up and whose last gradient wasn't."""
 
     # ---- notices
     def run_step(self, notice: RunStep) -> None:
-        """Begin an attempt; whatever an earlier one computed is dropped."""
-        node = self.host.node
-        self._drop_graphs()
-        self.attempt = None
-        if node not in notice.members or notice.epochs[notice.members.index(node)] != self.host.epoch:
+        """Begin an attempt, which drops whatever an earlier one computed, or go on with its next step."""
+        epochs = dict(zip(notice.members, notice.epochs, strict=True))
+        if notice.attempt != self.attempt:
+            self._forget()
+            self.attempt = notice.attempt
+        self._newest = notice.step
+        if epochs.get(self.host.node) != self.host.epoch:
             return
-        self.attempt = Attempt(notice)
-        self.around.fetch_step(self.host, notice.step, notice.attempt, node if self.host.is_first else None)
-        arrived, self.ahead = self.ahead, []
-        for entry in arrived:
-            self.frame(*entry)
+        self.steps[notice.step] = StepWork(notice, self.host.node)
+        self.around.fetch_step(self.host, notice)
+        ahead, self._ahead = self._ahead, []
+        for arrived in ahead:
+            self.frame(arrived.frame, arrived.tensors, arrived.release, arrived.at)
 
     def step_fetched(
-        self, attempt_number: int, planned: PlannedStep, examples: Mapping[int, Example]
+        self, notice: RunStep, planned: PlannedStep, examples: Mapping[int, Sequence[Example]]
     ) -> None:
         """The step's plan is here: its microbatches can begin."""
-        attempt = self.attempt
-        if attempt is None or attempt.notice.attempt != attempt_number:
+        work = self.steps.get(notice.step)
+        if work is None or work.notice != notice:
             return
-        attempt.planned = planned
-        mine = self._mine(attempt)
-        attempt.examples, attempt.waiting = dict(examples), list(mine)
-        for microbatch in mine:
-            shard = planned.shards[microbatch]
-            attempt.left[shard] = attempt.left.get(shard, 0) + 1
-        attempt.sums = ShardSum(sorted({planned.shards[microbatch] for microbatch in planned.microbatches}))
+        work.plan(planned, examples, self.now())
+        settings, host = self.settings, self.host
+        pieces = pieces_of(
+            settings.schedule,
+            stage=host.stage,
+            stages=host.stages,
+            workers=settings.num_workers // settings.nodes,
+            step=notice.step,
+            microbatches=work.mine,
+        )
+        if self._todo:
+            pieces = follow(self._todo, pieces, held=self._held, most_held=host.stages - host.stage)
+        self._todo = pieces
         self._go_on()
 
     def step_committed(self, notice: StepCommitted) -> None:
         """Run the optimizer on the gradients this stage reported."""
-        attempt, state = self.attempt, self.host.training
-        if (
-            attempt is None
-            or attempt.notice.attempt != notice.attempt
-            or attempt.total is None
-            or state is None
-        ):
+        work, state = self.steps.get(notice.step), self.host.training
+        if work is None or work.notice.attempt != notice.attempt or work.total is None or state is None:
             return
-        planned, total = attempt.planned, attempt.total
+        planned, total = work.planned, work.total
         assert planned is not None
-        epoch = attempt.notice.epochs[attempt.notice.members.index(self.host.node)]
+        epoch = work.notice.epochs[work.notice.members.index(self.host.node)]
 
         def run() -> Iterator[None]:
             yield from state.apply(total, planned, scale=notice.scale)
@@ -164,15 +164,14 @@ class Learner:
                 node=self.host.node,
                 stage=self.host.stage,
             )
-            self.attempt = None if self.attempt is attempt else self.attempt
-            if (
-                epoch != self.host.epoch and self.host.training is state
-            ):  # the commit spoke of another placement
-                self.around.training_at(self.host, state.step)
+            if self._is_current(work):
+                del self.steps[notice.step]
+            if epoch != self.host.epoch and self.host.training is state:
+                self.around.training_at(self.host, state.step)  # the commit spoke of another placement
             self._write_snapshots()
             self._go_on()
 
-        self._schedule(Urgency.OPTIMIZER, f"{notice.run}:{notice.step}", run)
+        self._schedule(Urgency.OPTIMIZER, work, f"{notice.run}:{notice.step}", run, self.now())
 
     def write_shards(self, notice: WriteShards) -> None:
         """Copy the state after a step, now or as soon as its optimizer has run."""
@@ -185,29 +184,27 @@ class Learner:
         told = dict(zip(notice.nodes, notice.epochs, strict=True))
         if told.get(self.host.node) != self.host.epoch:
             return False
-        self._drop_graphs()
-        self.attempt, self.host.training = None, None
+        self._forget()
+        self.host.training = None
         return True
 
     # ---- frames
     def frame(
         self, frame: TrainingFrame, tensors: tuple[Tensor, ...], release: Callable[[], None], at: float
     ) -> None:
-        """Take a neighbour's part of the attempt in progress; older ones are dropped, newer ones wait."""
-        current = self.attempt.notice.attempt if self.attempt else -1
-        if frame.attempt > current:
-            self.ahead = [entry for entry in self.ahead if entry[0].attempt >= frame.attempt]
-            self.ahead.append((frame, tensors, release, at))
-        elif frame.attempt < current or self.attempt is None:
+        """Take a neighbour's part of a step in progress; older ones are dropped, newer ones wait."""
+        work = self.steps.get(frame.step)
+        if work is not None and frame.attempt == self.attempt:
+            self._take(work, frame, tensors, release, at)
+        elif (frame.attempt, frame.step) <= (self.attempt, self._newest):
             release()
-        elif not self._can_compute(self.attempt):
-            self.attempt.early.append((frame, tensors, release, at))
         else:
-            self._take(self.attempt, frame, tensors, release, at)
+            self._ahead = [before for before in self._ahead if before.frame.attempt >= frame.attempt]
+            self._ahead.append(Arrived(frame, tensors, release, at))
 
     def _take(
         self,
-        attempt: Attempt,
+        work: StepWork,
         frame: TrainingFrame,
         tensors: tuple[Tensor, ...],
         release: Callable[[], None],
@@ -215,178 +212,162 @@ class Learner:
     ) -> None:
         match frame:
             case TrainForward():
-                self._schedule_forward(attempt, frame.microbatch, tensors[0], tensors[1], at)
+                # the graph keeps hidden states until the backward: their buffer is given up, not given back
+                work.rows[frame.microbatch] = Row(tensors[0], tensors[1], frame.lengths, at)
             case TrainBackward():
-                self._schedule_backward(attempt, frame.microbatch, tensors[0], release, at)
+                work.returned[frame.microbatch] = Returned(tensors[0], release, at)
             case AddShardGradients():
-                self._add_shard(attempt, frame.shard, [tensor.clone() for tensor in tensors])
+                work.add_shard(frame.shard, [tensor.clone() for tensor in tensors])
                 release()
             case AddTiedGradient():
-                attempt.tied = tensors[0].clone()
+                work.tied = tensors[0].clone()
                 release()
-                self._conclude(attempt)
-
-    # ---- the attempt's course
-    def _mine(self, attempt: Attempt) -> list[int]:
-        assert attempt.planned is not None
-        return [
-            microbatch
-            for microbatch in attempt.planned.microbatches
-            if attempt.notice.shard_nodes[attempt.planned.shards[microbatch]] == self.host.node
-        ]
-
-    def _can_compute(self, attempt: Attempt) -> bool:
-        state = self.host.training
-        return attempt.planned is not None and state is not None and state.step == attempt.notice.step - 1
-
-    def _go_on(self) -> None:
-        attempt = self.attempt
-        if attempt is None or not self._can_compute(attempt):
-            return
-        early, attempt.early = attempt.early, []
-        for entry in early:
-            self._take(attempt, *entry)
-        if self.host.is_first:
-            while attempt.waiting and len(attempt.in_flight) < self.host.stages:
-                self._begin(attempt, attempt.waiting.pop(0))
-        if not self._mine(attempt):
-            self._conclude(attempt)
-
-    def _begin(self, attempt: Attempt, microbatch: int) -> None:
-        prompt, reference = attempt.examples.pop(microbatch)
-        ids_BT = torch.tensor([[*prompt, *reference]])
-        targets_BT = torch.tensor([[*[NO_TARGET] * (len(prompt) - 1), *reference, NO_TARGET]])
-        attempt.in_flight[microbatch] = None  # its place among those in flight
-        self._schedule_forward(attempt, microbatch, ids_BT, targets_BT, self.now())
-
-    def _schedule_forward(
-        self, attempt: Attempt, microbatch: int, source: Tensor, targets_BT: Tensor, at: float
-    ) -> None:
-        """The graph keeps hidden states until the backward, so their buffer is given up, not given back."""
-        self._schedule(
-            Urgency.FORWARD,
-            self._name(attempt, microbatch),
-            lambda: self._forward(attempt, microbatch, source, targets_BT),
-            at,
-        )
-
-    def _forward(
-        self, attempt: Attempt, microbatch: int, source: Tensor, targets_BT: Tensor
-    ) -> Iterator[None]:
-        host, state = self.host, self.host.training
-        if self.attempt is not attempt or state is None:
-            return
-        layers = LayerPass(state.parts)
-        for _ in layers.forward(source):
-            yield
-            if self.attempt is not attempt:
-                return
-        attempt.in_flight[microbatch] = layers
-        if host.is_last:
-            name = self._name(attempt, microbatch)
-            self._schedule(Urgency.BACKWARD, name, lambda: self._head(attempt, microbatch, targets_BT))
-        else:
-            frame = TrainForward(
-                **self._about(attempt, host.stage + 1), microbatch=microbatch, version=self._version(attempt)
-            )
-            self.around.send(host, host.stage + 1, frame, (layers.output, targets_BT))
-
-    def _head(self, attempt: Attempt, microbatch: int, targets_BT: Tensor) -> Iterator[None]:
-        """The loss, and the way back through this stage's layers."""
-        state, layers = self.host.training, attempt.in_flight.get(microbatch)
-        if self.attempt is not attempt or state is None or layers is None or attempt.planned is None:
-            return
-        head = HeadPass(state.model, layers.output)
-        for _ in head.run(targets_BT, attempt.planned.reference_tokens):
-            yield
-            if self.attempt is not attempt:
-                return
-        attempt.losses[microbatch] = head.loss
-        if not math.isfinite(head.loss):
-            attempt.culprits.add(microbatch)
-        yield from self._backward(attempt, microbatch, head.gradient_BTD, _nothing)
-
-    def _schedule_backward(
-        self, attempt: Attempt, microbatch: int, gradient_BTD: Tensor, release: Callable[[], None], at: float
-    ) -> None:
-        self._schedule(
-            Urgency.BACKWARD,
-            self._name(attempt, microbatch),
-            lambda: self._backward(attempt, microbatch, gradient_BTD, release),
-            at,
-        )
-
-    def _backward(
-        self, attempt: Attempt, microbatch: int, gradient_BTD: Tensor, release: Callable[[], None]
-    ) -> Iterator[None]:
-        host, state, layers = self.host, self.host.training, attempt.in_flight.get(microbatch)
-        if self.attempt is not attempt or state is None or layers is None or attempt.planned is None:
-            return
-        for _ in layers.backward(gradient_BTD):
-            yield
-            if self.attempt is not attempt:
-                return
-        release()
-        del attempt.in_flight[microbatch]
-        if layers.gradient is not None:
-            frame = TrainBackward(
-                **self._about(attempt, host.stage - 1), microbatch=microbatch, version=self._version(attempt)
-            )
-            self.around.send(host, host.stage - 1, frame, (layers.gradient,))
-        shard = attempt.planned.shards[microbatch]
-        attempt.left[shard] -= 1
-        if not attempt.left[shard]:
-            self._share(attempt, shard, state.take_gradients())
         self._go_on()
 
-    def _share(self, attempt: Attempt, shard: int, gradients: list[Tensor]) -> None:
-        """Give a finished shard's gradients to every member's same stage."""
-        notice = attempt.notice
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
-            assert attempt.planned is not None
-            shards = attempt.planned.shards
-            attempt.suspects |= {index for index in self._mine(attempt) if shards[index] == shard}
+    # ---- the course of the work
+    def _go_on(self) -> None:
+        """Conclude what is complete, and give the compute loop the next piece."""
+        for work in list(self.steps.values()):
+            if work.weights is None and self.host.training is not None:
+                work.weights = self.host.training.weights_at(work.notice.weights)
+            self._conclude(work)
+        if self._running is None and (piece := self._next()) is not None:
+            self._todo.remove(piece)
+            self._running = piece
+            self._held += piece.work is Work.FORWARD
+            self._held -= piece.work in {Work.BACKWARD, Work.WEIGHT_GRADIENT}
+            self._schedule_piece(piece, self.steps[piece.step])
+
+    def _next(self) -> Piece | None:
+        """The first piece of the order, or what may pass it while it can't run."""
+        if not self._todo or self._can_run(self._todo[0]):
+            return self._todo[0] if self._todo else None
+        waits_for_weights = self.steps[self._todo[0].step].weights is None
+        passing = next(
+            (
+                piece
+                for piece in self._todo
+                if piece.work is Work.WEIGHT_GRADIENT
+                or (waits_for_weights and piece.work is not Work.FORWARD)
+            ),
+            None,
+        )
+        return passing if passing is not None and self._can_run(passing) else None
+
+    def _can_run(self, piece: Piece) -> bool:
+        return self.steps[piece.step].can_run(piece.work, piece.microbatch, is_last=self.host.is_last)
+
+    def _schedule_piece(self, piece: Piece, work: StepWork) -> None:
+        def run() -> Iterator[None]:
+            for _ in self._compute(piece, work):
+                yield
+                if not self._is_current(work):
+                    return
+            if self._running is piece:
+                self._running = None
+                self._go_on()
+
+        at = self.now()
+        if piece.work is Work.FORWARD:
+            at = work.rows[piece.microbatch].at
+        elif (returned := work.returned.get(piece.microbatch)) is not None:
+            at = returned.at
+        name = f"{work.notice.run}:{piece.step}:{piece.microbatch}"
+        self._schedule(URGENCY[piece.work], work, name, run, at, rank=piece.rank)
+
+    def _compute(self, piece: Piece, work: StepWork) -> Iterator[None]:
+        if not self._is_current(work):
+            return
+        match piece.work:
+            case Work.FORWARD:
+                yield from self._forward(work, piece.microbatch)
+            case Work.BACKWARD:
+                yield from self._backward(work, piece.microbatch, is_whole=True)
+                self._end_microbatch(work, piece.microbatch)
+            case Work.INPUT_GRADIENT:
+                yield from self._backward(work, piece.microbatch, is_whole=False)
+            case Work.WEIGHT_GRADIENT:
+                yield from work.passes[piece.microbatch].layers.weight_gradient()
+                self._end_microbatch(work, piece.microbatch)
+
+    def _forward(self, work: StepWork, microbatch: int) -> Iterator[None]:
+        assert work.weights is not None
+        host, row = self.host, work.rows.pop(microbatch)
+        layers = LayerPass(
+            work.weights.parts,
+            row.lengths,
+            recompute=self.settings.recompute,
+            splits=self.settings.schedule == "zero-bubble",
+        )
+        yield from layers.forward(row.source)
+        work.passes[microbatch] = MicrobatchPass(row, layers)
+        if not host.is_last:
+            frame = TrainForward(
+                **self._about(work, host.stage + 1),
+                microbatch=microbatch,
+                version=self._version(work),
+                lengths=row.lengths,
+            )
+            self.around.send(host, host.stage + 1, frame, (layers.output, row.targets_BT))
+
+    def _backward(self, work: StepWork, microbatch: int, *, is_whole: bool) -> Iterator[None]:
+        """At the last stage from the loss, else from what the next stage gave back; on to the stage before."""
+        host, held = self.host, work.passes[microbatch]
+        returned = work.returned.pop(microbatch, None)
+        if returned is not None:
+            gradient_BTD, held.release = returned.gradient_BTD, returned.release
+        else:
+            yield from self._head(work, microbatch, held)
+            assert held.head is not None
+            gradient_BTD = held.head.gradient_BTD
+        layers = held.layers
+        yield from layers.backward(gradient_BTD) if is_whole else layers.input_gradient(gradient_BTD)
+        held.is_halfway = True
+        if layers.gradient is not None:
+            frame = TrainBackward(
+                **self._about(work, host.stage - 1), microbatch=microbatch, version=self._version(work)
+            )
+            self.around.send(host, host.stage - 1, frame, (layers.gradient,))
+
+    def _head(self, work: StepWork, microbatch: int, held: MicrobatchPass) -> Iterator[None]:
+        assert work.weights is not None
+        assert work.planned is not None
+        held.head = HeadPass(work.weights.model, held.layers.output, held.row.lengths)
+        yield from held.head.run(held.row.targets_BT, work.planned.reference_tokens)
+        work.note_losses(microbatch, held.head.losses)
+
+    def _end_microbatch(self, work: StepWork, microbatch: int) -> None:
+        """With the last microbatch of a shard, give its gradients to every member's same stage."""
+        if not self._is_current(work):
+            return
+        held = work.passes[microbatch]
+        held.release()
+        if held.head is not None:
+            held.head.add_gradients()
+        ended = work.end_microbatch(microbatch)
+        if ended is None:
+            return
+        shard, gradients = ended
+        notice = work.notice
         for node, epoch in zip(notice.members, notice.epochs, strict=True):
             if node != self.host.node:
-                frame = AddShardGradients(
-                    node=node,
-                    stage=self.host.stage,
-                    epoch=epoch,
-                    run=notice.run,
-                    step=notice.step,
-                    attempt=notice.attempt,
-                    shard=shard,
-                )
-                self.around.send_to_node(node, epoch, frame, gradients)
-        self._add_shard(attempt, shard, gradients)
+                about = self._about(work, self.host.stage) | {"node": node, "epoch": epoch}
+                self.around.send_to_node(node, epoch, AddShardGradients(**about, shard=shard), gradients)
+        work.add_shard(shard, gradients)
 
-    def _add_shard(self, attempt: Attempt, shard: int, gradients: list[Tensor]) -> None:
-        assert attempt.sums is not None
-        attempt.sums.add(shard, gradients)
-        self._conclude(attempt)
-
-    def _conclude(self, attempt: Attempt) -> None:
+    def _conclude(self, work: StepWork) -> None:
         """With every shard in (and a tied embedding's other half), report the gradients."""
-        assert attempt.sums is not None
-        summed, state = attempt.sums.total, self.host.training
-        if summed is None or attempt.total is not None or state is None:
+        summed, state = work.summed, self.host.training
+        if summed is None or work.total is not None or work.weights is None or state is None:
             return
-        gradients = dict(zip(state.model.leaves(), summed, strict=True)) if summed else {}
-        if not self._with_tied(attempt, gradients):
+        gradients = dict(zip(work.weights.leaves(), summed, strict=True)) if summed else {}
+        if not self._with_tied(work, gradients):
             return
-        attempt.total = gradients
-        squares = state.squares(gradients)
-        is_finite = not (attempt.culprits or attempt.suspects) and all(map(math.isfinite, squares))
-        report = GradientReport(
-            losses=attempt.losses if is_finite else {},
-            squares=squares if is_finite else (),
-            culprits=tuple(sorted(attempt.culprits)),
-            suspects=tuple(sorted(attempt.suspects)),
-            is_finite=is_finite,
-        )
-        self.around.gradients_ready(self.host, attempt.notice.step, attempt.notice.attempt, report)
+        work.total = gradients
+        report = work.report(state.squares(gradients))
+        self.around.gradients_ready(self.host, work.notice.step, work.notice.attempt, report)
 
-    def _with_tied(self, attempt: Attempt, gradients: dict[str, Tensor]) -> bool:
+    def _with_tied(self, work: StepWork, gradients: dict[str, Tensor]) -> bool:
         """Sum a tied embedding's two gradients, embedding first; False while the other one isn't here."""
         host = self.host
         if not gradients or not host.source.is_tied or not (host.is_first or host.is_last):
@@ -396,34 +377,41 @@ class Learner:
             gradients[embedding] = gradients[embedding] + gradients.pop(TIED_HEAD)
             return True
         own, other_stage = (embedding, host.stages - 1) if host.is_first else (TIED_HEAD, 0)
-        if not attempt.sent_tied:
-            attempt.sent_tied = True
+        if not work.sent_tied:
+            work.sent_tied = True
             self.around.send(
-                host, other_stage, AddTiedGradient(**self._about(attempt, other_stage)), (gradients[own],)
+                host, other_stage, AddTiedGradient(**self._about(work, other_stage)), (gradients[own],)
             )
-        if attempt.tied is None:
+        if work.tied is None:
             return False
-        first, last = (gradients[own], attempt.tied) if host.is_first else (attempt.tied, gradients[own])
+        first, last = (gradients[own], work.tied) if host.is_first else (work.tied, gradients[own])
         gradients[own] = first + last
         return True
 
     def _write_snapshots(self) -> None:
         state = self.host.training
         for notice in list(self.snapshots):
-            if state is not None and state.step == notice.step:
+            if state is None:
+                return
+            wanted = Version(notice.lineage, notice.step)
+            if state.version == wanted:
                 self.snapshots.remove(notice)
                 self.around.write_shard(self.host, notice, state.snapshot(optimizer=bool(notice.optimizer)))
-            elif state is not None and state.step > notice.step:
+            elif state.version > wanted:
                 self.snapshots.remove(notice)  # the state was replaced: the operation chooses another writer
 
-    def _drop_graphs(self) -> None:
+    def _forget(self) -> None:
+        """Drop the attempt; a committed step's optimizer, if it hasn't run yet, has what it needs."""
+        self.steps, self._todo, self._running, self._held = {}, [], None, 0
         if self.host.training is not None:
-            for parameter in self.host.training.model.leaves().values():
-                parameter.grad = None
+            self.host.training.drop_gradients()
 
     # ---- small parts
-    def _about(self, attempt: Attempt, stage: int) -> dict[str, Any]:
-        notice = attempt.notice
+    def _is_current(self, work: StepWork) -> bool:
+        return self.steps.get(work.notice.step) is work
+
+    def _about(self, work: StepWork, stage: int) -> dict[str, Any]:
+        notice = work.notice
         return {
             "node": self.host.node,
             "stage": stage,
@@ -433,18 +421,19 @@ class Learner:
             "attempt": notice.attempt,
         }
 
-    def _version(self, attempt: Attempt) -> str:
-        return f"{attempt.notice.lineage}.{attempt.notice.step - 1}"
-
-    def _name(self, attempt: Attempt, microbatch: int) -> str:
-        return f"{attempt.notice.run}:{attempt.notice.step}:{microbatch}"
+    def _version(self, work: StepWork) -> str:
+        return f"{work.notice.lineage}.{work.notice.weights}"
 
     def _schedule(
-        self, urgency: Urgency, item: str, run: Callable[[], Iterator[None]], at: float | None = None
+        self,
+        urgency: Urgency,
+        work: StepWork,
+        item: str,
+        run: Callable[[], Iterator[None]],
+        at: float,
+        *,
+        rank: int = 0,
     ) -> None:
-        attempt = self.attempt
-        version = self._version(attempt) if attempt is not None else ""
-
         def failed(error: Exception) -> None:
             log.error(
                 "training_failed", item=item, node=self.host.node, stage=self.host.stage, reason=str(error)
@@ -457,13 +446,10 @@ class Learner:
                 node=self.host.node,
                 stage=self.host.stage,
                 item=item,
-                version=version,
-                ready_at=self.now() if at is None else at,
+                version=self._version(work),
+                ready_at=at,
                 run=run,
                 failed=failed,
+                rank=rank,
             )
         )
-
-
-def _nothing() -> None:
-    """No pooled buffer to give back."""

@@ -19,6 +19,7 @@ class Urgency(IntEnum):
     OPTIMIZER = 2
     BACKWARD = 3
     FORWARD = 4
+    WEIGHT_GRADIENT = 5
 
 
 CATEGORY = {
@@ -27,6 +28,7 @@ CATEGORY = {
     Urgency.OPTIMIZER: "optimizer",
     Urgency.BACKWARD: "training_backward",
     Urgency.FORWARD: "training_forward",
+    Urgency.WEIGHT_GRADIENT: "training_backward",
 }
 """What a step is called in traces."""
 
@@ -46,6 +48,8 @@ class Task:
     run: Callable[[], Iterator[None] | None]
     """Does it, or begins it and yields at safepoints."""
     failed: Callable[[Exception], None]
+    rank: int = 0
+    """Its place in the schedule, where that orders the passes of several stages of this worker: before urgency."""
 
     @property
     def is_training(self) -> bool:
@@ -63,7 +67,11 @@ class Step:
     is_done: bool = False
 
     def __lt__(self, other: Step) -> bool:
-        return (self.task.urgency, self.arrival) < (other.task.urgency, other.arrival)
+        return self._place() < other._place()
+
+    def _place(self) -> tuple[int, ...]:
+        task = self.task
+        return min(task.urgency, Urgency.BACKWARD), task.rank, task.urgency, self.arrival
 
     def advance(self) -> None:
         """Run to the next safepoint, or to the end."""

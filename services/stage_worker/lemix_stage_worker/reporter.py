@@ -30,8 +30,11 @@ _SPANS = Lua(
     TAX
     + """
 redis.call('XADD', K.events, 'MAXLEN', '~', 50000, '*', 'spans', ARGV[1])
-redis.call('HINCRBYFLOAT', K.totals, 'blocked_s', ARGV[2])
-update_tax()
+for item, blocked_s in pairs(cjson.decode(ARGV[2])) do
+  local state = redis.call('HGET', K.item(item), 'state')
+  if state then redis.call('HINCRBYFLOAT', K.item(item), 'blocked_s', blocked_s) end
+  if state == 'done' then add_to_tax(blocked_s, '0') end
+end
 redis.call('HSET', K.worker(ARGV[3]), 'busy', ARGV[4])
 return {'ok'}
 """,
@@ -127,13 +130,21 @@ class Reporter:
         for first in range(0, len(spans), SPANS_AT_MOST):
             part = spans[first : first + SPANS_AT_MOST]
             text = json.dumps([_readable(span) for span in part], separators=(",", ":"))
-            blocked_s = sum(span.blocked_s for span in part)
-            self.broker.call(_SPANS, text, f"{blocked_s:.6f}", self.worker, busy)
+            self.broker.call(_SPANS, text, _blocked_by_item(part), self.worker, busy)
 
 
 def _readable(span: Span) -> dict[str, object]:
     fields = asdict(span)
     return fields | {name: round(fields[name], 6) for name in ("start", "end", "blocked_s")}
+
+
+def _blocked_by_item(spans: list[Span]) -> dict[str, str]:
+    """Seconds that each item's steps waited behind training, of those that did."""
+    blocked: dict[str, float] = {}
+    for span in spans:
+        if span.blocked_s > 0:
+            blocked[span.item] = blocked.get(span.item, 0.0) + span.blocked_s
+    return {item: f"{seconds:.6f}" for item, seconds in blocked.items()}
 
 
 def _busy_shares(spans: list[Span], window_s: float) -> dict[str, dict[str, float]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lemix_common.broker import Broker
 from lemix_common.errors import BadFrame
 from lemix_common.fields import from_fields
+from lemix_common.ids import Version
 from lemix_common.messages import (
     AddShardGradients,
     AddTiedGradient,
@@ -62,13 +63,14 @@ from lemix_stage_worker.inbox import (
     NoticeRead,
     PeerGone,
 )
-from lemix_stage_worker.learning import Example, Learner
+from lemix_stage_worker.learning import Learner
 from lemix_stage_worker.links import Links
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.ready_queue import CATEGORY, ReadyQueue, Step, Task
 from lemix_stage_worker.reporter import Reporter, Span
 from lemix_stage_worker.serving import Serving
 from lemix_stage_worker.shard_files import write_shard
+from lemix_stage_worker.step_work import Example, microbatches_of
 
 log = structlog.get_logger()
 
@@ -268,8 +270,8 @@ class Worker:
                 for learner in self.learners.values():
                     if learner.load(notice):
                         self.hosting.load_training(learner.host, notice)
-            case PrepareVersion(version=version, directory=directory):
-                self.hosting.prepare(version, directory)
+            case PrepareVersion(version=version):
+                self.hosting.prepare(version)
             case VersionRetired(version=version):
                 self.hosting.retire(version)
             case ItemCancelled(item=item, node=node):
@@ -307,7 +309,7 @@ class Worker:
 
     def stage_built(self, host: HostedStage) -> None:
         """It can learn from now on."""
-        self.learners[host.node, host.stage] = Learner(host, self, self.now)
+        self.learners[host.node, host.stage] = Learner(host, self.settings, self, self.now)
 
     def stage_gone(self, position: Position) -> None:
         """Its steps are another worker's."""
@@ -362,26 +364,30 @@ class Worker:
 
     def training_at(self, host: HostedStage, step: int) -> None:
         """Report where a stage's training state is."""
+        assert host.training is not None
         self.reporter.call(
-            self.cluster.training_at(self.name, node=host.node, stage=host.stage, epoch=host.epoch, step=step)
+            self.cluster.training_at(
+                self.name,
+                node=host.node,
+                stage=host.stage,
+                epoch=host.epoch,
+                training=Version(host.training.lineage, step),
+            )
         )
 
-    def fetch_step(self, host: HostedStage, step: int, attempt: int, microbatches_of: int | None) -> None:
+    def fetch_step(self, host: HostedStage, notice: RunStep) -> None:
         """Read a planned step, and at stage 0 the examples of this node's microbatches."""
         learner = self.learners[host.node, host.stage]
-        notice = learner.attempt.notice if learner.attempt else None
 
-        def fetch() -> tuple[PlannedStep, dict[int, Example]]:
-            planned = self.training.step(step)
-            mine = [
-                microbatch
-                for microbatch in planned.microbatches
-                if notice is not None and notice.shard_nodes[planned.shards[microbatch]] == microbatches_of
-            ]
-            examples = self.training.examples([planned.items[microbatch] for microbatch in mine])
-            return planned, dict(zip(mine, examples, strict=True))
+        def fetch() -> tuple[PlannedStep, dict[int, list[Example]]]:
+            planned = self.training.step(notice.step)
+            mine = microbatches_of(planned, notice, host.node) if host.is_first else ()
+            wanted = {microbatch: planned.examples_of(microbatch) for microbatch in mine}
+            items = [planned.items[example] for some in wanted.values() for example in some]
+            read = iter(self.training.examples(items))
+            return planned, {microbatch: [next(read) for _ in some] for microbatch, some in wanted.items()}
 
-        self.background.do(fetch, lambda answer: learner.step_fetched(attempt, *answer))
+        self.background.do(fetch, lambda answer: learner.step_fetched(notice, *answer))
 
     def write_shard(self, host: HostedStage, request: WriteShards, tensors: Mapping[str, Tensor]) -> None:
         """Write a snapshot and report it."""

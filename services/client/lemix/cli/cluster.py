@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +13,11 @@ import typer
 from redis.exceptions import RedisError
 from rich.console import Console
 
+from lemix.cli import versions
 from lemix.cli.errors import EXIT_TARGET_MISSED, clear_errors
 from lemix.cli.redis_reply import show
 from lemix.cli.setting_options import with_setting_options
-from lemix.cli.status_table import status_tables, versions_table
+from lemix.cli.status_table import status_tables
 from lemix.client import Client
 from lemix.creation import create_cluster
 from lemix.data_dir import DataDir, RunningCluster
@@ -28,15 +28,10 @@ from lemix.running import start_detached, stop_cluster
 from lemix.status import can_serve
 from lemix.supervisor import Launch, supervise
 from lemix_common.broker import Broker, connect, hide_password
-from lemix_common.clock import wait_until
-from lemix_common.errors import BadInput, BrokerError, ClusterError
+from lemix_common.errors import BadInput, BrokerError
 from lemix_common.logs import configure_logs
 from lemix_common.settings import load_settings
-from lemix_common.store.cluster import MAIN_RUN
 from lemix_common.store.joining import await_broker
-from lemix_common.store.versions import ENDED_STATES, Versions
-
-_CHECKPOINT_TIMEOUT_S = 300.0
 
 DataDirOption = Annotated[
     Path, typer.Option(envvar="LEMIX_DATA_DIR", help="Where the cluster keeps its state.", show_default=True)
@@ -54,8 +49,7 @@ def register(app: typer.Typer) -> None:
     app.command()(with_setting_options(clear_errors(create)))
     app.command()(clear_errors(down))
     app.command()(clear_errors(status))
-    app.command()(clear_errors(versions))
-    app.command()(clear_errors(checkpoint))
+    versions.register(app)
     app.command()(clear_errors(export))
     app.command(
         "redis",
@@ -145,53 +139,6 @@ def status(
         Console().print(*status_tables(state), sep="\n")
     if check and not can_serve(state):
         raise typer.Exit(EXIT_TARGET_MISSED)
-
-
-def versions(
-    *,
-    url: UrlOption = "",
-    cluster: ClusterOption = "",
-    data_dir: DataDirOption = Path(DEFAULT_DATA_DIR),
-    count: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 20,
-    as_json: JsonOption = False,
-) -> None:
-    """List the weight versions that were published: parent, step, examples, loss, sha256."""
-    address = find_cluster(url, cluster, _environment(data_dir))
-    with Client(address.url, cluster=address.cluster) as client:
-        listed = client.versions(count)
-    if as_json:
-        typer.echo(json.dumps({"versions": listed}))
-    else:
-        Console().print(versions_table(listed))
-
-
-def checkpoint(
-    *,
-    url: UrlOption = "",
-    cluster: ClusterOption = "",
-    data_dir: DataDirOption = Path(DEFAULT_DATA_DIR),
-    as_json: JsonOption = False,
-) -> None:
-    """Write a durable checkpoint of the committed steps now."""
-    address = find_cluster(url, cluster, _environment(data_dir))
-    versions = Versions(connect(address.url, address.cluster))
-    operation = f"checkpoint-{uuid.uuid4().hex}"
-    root = (address.data_dir or data_dir).absolute() / "checkpoints"
-    versions.open(operation, "checkpoint", run=MAIN_RUN, optimizer=True, root=str(root))
-    wait_until(
-        lambda: versions.operation(operation).get("state") in ENDED_STATES,
-        what="the checkpoint is sealed",
-        timeout_s=_CHECKPOINT_TIMEOUT_S,
-    )
-    fields = versions.operation(operation)
-    if fields["state"] == "failed":
-        raise ClusterError(f"the checkpoint failed: {fields.get('reason', 'no reason was recorded')}")
-    names = ("version", "step", "directory", "sha256")
-    typer.echo(
-        json.dumps({name: fields[name] for name in names})
-        if as_json
-        else f"checkpoint of version {fields['version']} in {fields['directory']}"
-    )
 
 
 def export(

@@ -35,8 +35,8 @@ def item_table(item: str, fields: Mapping[str, str]) -> Table:
 
 
 def versions_table(versions: Sequence[Mapping[str, str]]) -> Table:
-    """Published versions, a line each, newest first."""
-    columns = ("version", "parent", "step", "examples", "loss", "sha256", "published_at")
+    """Versions, a line each, newest first."""
+    columns = ("version", "parent", "step", "examples", "loss", "sha256", "published_at", "checkpoint")
     rows = [[_brief(name, version.get(name, _NONE)) for name in columns] for version in versions]
     return _table(columns, rows)
 
@@ -44,6 +44,10 @@ def versions_table(versions: Sequence[Mapping[str, str]]) -> Table:
 def _brief(name: str, value: str) -> str:
     if name.endswith("_at"):
         return _moment(value)
+    if name == "checkpoint":
+        return "yes" if value else ""
+    if name == "loss" and value != _NONE:
+        return f"{float(value):.4f}"
     return value[:12] if name == "sha256" else value
 
 

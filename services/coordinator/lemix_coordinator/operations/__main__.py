@@ -19,7 +19,7 @@ from lemix_common.metrics_page import metrics_page
 from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.joining import join_cluster
-from lemix_common.store.training import Training
+from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.versions import Versions
 from lemix_coordinator.operations.app import ADVANCE, REMOVE, TRANSITION_S, make_app
 from lemix_coordinator.operations.liveness import show_life
@@ -40,7 +40,7 @@ def main() -> None:
     data_dir = Path(environment.get("LEMIX_DATA_DIR", ".lemix")).absolute()
     broker = join_cluster(url, cluster, threading.Event(), patience_s=TRANSITION_S)
     assert broker is not None, "until Celery handles SIGTERM, it ends the process"
-    versions, training = Versions(broker), Training(broker, MAIN_RUN)
+    versions, rollbacks = Versions(broker), Rollbacks(broker, MAIN_RUN)
     settings = Cluster(broker).settings()
     app = make_app(url, cluster)
     show_life(app, SignOfLife(options.alive_file))
@@ -59,9 +59,7 @@ def main() -> None:
             outcomes["failed"] += 1
             log.error("transition_failed", operation=operation, reason=str(error))
         prune_checkpoints(
-            data_dir / "checkpoints",
-            keep=settings.keep_checkpoints,
-            needed=training.state().checkpoint_directory,
+            rollbacks, data_dir / "checkpoints", keep=settings.keep_checkpoints, now=broker.clock.now()
         )
 
     @app.task(name=REMOVE)

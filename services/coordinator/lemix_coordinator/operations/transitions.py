@@ -9,22 +9,29 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
 
+from lemix_common.errors import WeightsDamaged
+from lemix_common.manifest import MANIFEST, read_manifest
+from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.versions import Versions
 from lemix_common.tensorfiles import sha256_of_file, weights_sha256
 
 log = structlog.get_logger()
 
-MANIFEST = "manifest.json"
+LEFTOVER_S = 3600.0
+"""What nobody has touched for so long, and no record names, is what a killed writer left behind."""
 
 
 def advance(versions: Versions, operation: str) -> None:
     """Make the operation's next transition, if it is still due."""
     fields = versions.operation(operation)
     match fields.get("state"):
+        case "requested" if fields["kind"] == "rollback":
+            _begin_rollback(versions, operation, fields)
         case "requested":
             Path(fields["root"]).mkdir(parents=True, exist_ok=True)
             versions.write_shards(operation)
@@ -32,6 +39,10 @@ def advance(versions: Versions, operation: str) -> None:
             _seal(versions, operation, fields)
         case "preparing":
             versions.publish(operation)
+        case "withdrawn":
+            if fields["kind"] == "publish":
+                remove(fields["directory"], root=Path(fields["root"]))
+            versions.advance(operation, "withdrawn", "failed")
         case _:
             return
     log.info("operation_advanced", operation=operation, was=fields["state"])
@@ -68,19 +79,37 @@ def _seal(versions: Versions, operation: str, fields: dict[str, str]) -> None:
         _sync_directory(sealed.parent)
     sha256 = json.loads((sealed / MANIFEST).read_text("utf-8"))["weights_sha256"]
     if fields["kind"] == "publish":
-        versions.prepare(operation, str(sealed), sha256)
+        versions.prepare(operation, str(sealed), sha256, written=str(written))
     else:
-        versions.seal(operation, str(sealed), sha256)
+        versions.seal(operation, str(sealed), sha256, written=str(written))
     if written.exists():
         shutil.rmtree(written, ignore_errors=True)
 
 
-def prune_checkpoints(root: Path, *, keep: int, needed: str) -> None:
-    """Remove all but the newest checkpoints (and the one the run names), and what killed writers left behind."""
-    sealed = sorted(root.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for manifest in sealed[keep:]:
-        if str(manifest.parent) != needed:
-            shutil.rmtree(manifest.parent, ignore_errors=True)
+def _begin_rollback(versions: Versions, operation: str, fields: dict[str, str]) -> None:
+    """Read the whole checkpoint through, since from its optimizer's state on there is no other way back."""
+    directory, sha256 = fields["directory"], ""
+    try:
+        if directory:
+            manifest = read_manifest(Path(directory))
+            manifest.check(manifest.files)
+            sha256 = manifest.weights_sha256
+    except WeightsDamaged as error:
+        versions.advance(operation, "requested", "failed", {"reason": str(error)})
+        return
+    Rollbacks(versions.broker, fields["run"]).begin(operation, sha256)
+
+
+def prune_checkpoints(rollbacks: Rollbacks, root: Path, *, keep: int, now: float) -> None:
+    """Remove all but the newest checkpoints and those that are in use, and what killed writers left behind."""
+    known = {version: path for version, path in rollbacks.checkpoints().items() if path}
+    for version in list(known)[:-keep]:
+        if directory := rollbacks.forget_checkpoint(version):
+            shutil.rmtree(directory, ignore_errors=True)
+    for path in root.glob("*"):
+        with suppress(FileNotFoundError):  # another operations worker removes it just now
+            if str(path) not in known.values() and now - path.stat().st_mtime > LEFTOVER_S:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _num_shards(fields: dict[str, str]) -> int:

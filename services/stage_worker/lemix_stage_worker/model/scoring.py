@@ -27,18 +27,19 @@ def target_rows(targets_T: Tensor, *, max_rows: int | None = None) -> tuple[Tens
 
 
 def token_logprobs(stage: StageModel, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-    """The last stage's float32 log-probability of each target, in order: (R). Differentiable."""
+    """The last stage's log-probability of each target, in order: (R), at least float32. Differentiable."""
     rows_R = (targets_T != NO_TARGET).nonzero()[:, 0]
     num_rows = len(rows_R)
     if num_rows == 0:
         return hidden_TD.sum() * torch.zeros(0, device=hidden_TD.device)
     filled = torch.cat([rows_R, rows_R[-1:].expand(max(MIN_HEAD_ROWS - num_rows, 0))])
-    logits_RV = stage.logits(hidden_TD[filled])[:num_rows].float()
+    logits_RV = stage.logits(hidden_TD[filled])[:num_rows]
+    logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
     return -functional.cross_entropy(logits_RV, targets_T[rows_R], reduction="none")
 
 
 def loss_sum(stage: StageModel, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
-    """The training loss: minus the log-probabilities of all targets, summed, float32; a scalar.
+    """The training loss: minus the log-probabilities of all targets, summed; a scalar, at least float32.
 
     To bound memory and blocking, sum it over `target_rows` chunks: `loss_sum(stage, hidden_TD[rows], targets_T[rows])`.
     """

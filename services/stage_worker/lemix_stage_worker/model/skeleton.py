@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lemix_common.errors import ModelError
+from lemix_stage_worker.model.attention import attend_by_segments
 from lemix_stage_worker.model.families import Family, family_of
 from lemix_stage_worker.model.weights import TensorSpec
 
@@ -49,10 +50,12 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attention: str 
     """The model of a config, without dropout, in evaluation mode; `ModelError` where it has no known family.
 
     `attention` names one of transformers' attention implementations; None takes torch's own (SDPA) where the model
-    allows it.
+    allows it, on packed rows by segments.
     """
     with torch.device("meta"):
         whole = build_whole(without_dropout(config), dtype, attention)
+    if attention is None:
+        attend_by_segments(whole)
     prefix = str(whole.base_model_prefix)
     base, head = getattr(whole, prefix, None), getattr(whole, HEAD, None)
     if not (isinstance(base, PreTrainedModel) and isinstance(head, nn.Linear)):

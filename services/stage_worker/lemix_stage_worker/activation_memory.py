@@ -1,0 +1,220 @@
+"""How many bytes training takes on a stage, told before it is done.
+
+What a layer keeps for its backward is counted where it arises: autograd hands every tensor that it saves to a hook. It
+grows with the tokens of a microbatch, and attention's kernels keep nothing that grows faster, but for a mask where an
+example is longer than the model's window. So two short probes of each layer tell the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from lemix_stage_worker.layer_passes import HEAD_ROWS
+from lemix_stage_worker.model.stage import StageModel
+
+_PROBES = (16, 48)
+"""Tokens; a multiple of the kernels' alignments apart."""
+_HEAD_COPIES = 3
+"""Log-probabilities of a chunk, and two gradients of the same size while the head goes back."""
+
+
+@dataclass(eq=False)
+class SavedTensors:
+    """What autograd saves while it is asked to be counted, each storage once."""
+
+    _by_storage: dict[int, Tensor] = field(default_factory=dict)
+    """They are kept, so that no other takes their place in memory."""
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that nothing but the caller keeps."""
+        self._by_storage[_storage(tensor)] = tensor
+        return tensor
+
+    def counting(self) -> saved_tensors_hooks:
+        """What is computed meanwhile is counted."""
+        return saved_tensors_hooks(self.add, _unchanged)
+
+    def bytes_beside(self, others: Iterable[Tensor]) -> int:
+        """Their size, without what is stored where one of the others is (parameters, buffers)."""
+        apart = {_storage(tensor) for tensor in others}
+        return sum(
+            tensor.untyped_storage().nbytes()
+            for storage, tensor in self._by_storage.items()
+            if storage not in apart
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerActivations:
+    """What one layer keeps of a microbatch until its gradients are there, its input included, its output not."""
+
+    fixed: int
+    per_token: float
+    input_per_token: int
+    mask_element: int
+    """Bytes of a mask's element."""
+    window: int | None
+    """Examples of this many tokens and more take a mask of their own."""
+
+    def kept(self, lengths: Sequence[int]) -> int:
+        """Bytes kept of a microbatch of such examples."""
+        masked = sum(length**2 for length in lengths if self.window is not None and length >= self.window)
+        return round(self.fixed + self.per_token * sum(lengths)) + self.mask_element * masked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageActivations:
+    """What a stage keeps of microbatches, and takes while it works on one."""
+
+    layers: tuple[LayerActivations, ...]
+    output_per_token: int
+    head_row: int
+    """Bytes of one position's logits, at their precision in the loss; 0 without a head."""
+    largest_parameter: int
+    """Bytes of the largest gradient: it is computed before it is added to what there is."""
+
+    def held(self, lengths: Sequence[int], *, recompute: bool = False) -> int:
+        """Bytes held of a microbatch between its forward and its last gradient, by its examples' tokens."""
+        num_tokens = sum(lengths)
+        layers = (
+            layer.input_per_token * num_tokens if recompute else layer.kept(lengths) for layer in self.layers
+        )
+        return sum(layers) + self.output_per_token * num_tokens
+
+    def at_work(self, lengths: Sequence[int], *, recompute: bool = False) -> int:
+        """Bytes that come on top while one microbatch is computed on; at most, for a layer or for the head.
+
+        A layer's backward makes gradients of what it kept, one after the other; with recomputation that has to be made
+        again first.
+        """
+        layer = max(layer.kept(lengths) for layer in self.layers) * (2 if recompute else 1)
+        head = self.head_row * _HEAD_COPIES * min(HEAD_ROWS, sum(lengths)) + self.output_per_token * sum(
+            lengths
+        )
+        return max(layer, head if self.head_row else 0) + self.largest_parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """The bytes that training takes on a stage, by what for."""
+
+    weights: int
+    masters: int
+    """float32 copies of weights that are computed with in less."""
+    moments: int
+    gradients: int
+    """What microbatches add up."""
+    shard_sums: int
+    activations: int
+    """Of the microbatches held at a time."""
+    workspace: int
+    """Of the one that is computed on."""
+
+    @property
+    def total(self) -> int:
+        return sum(
+            (
+                *(self.weights, self.masters, self.moments, self.gradients),
+                *(self.shard_sums, self.activations, self.workspace),
+            )
+        )
+
+
+def measure_activations(stage: StageModel) -> StageActivations:
+    """Probe every layer of a loaded stage with two short rows of random hidden states."""
+    parts = stage.parts()
+    leaves = stage.leaves().values()
+    hidden_size = int(stage.base.config.hidden_size)
+    dtype = next(iter(leaves)).dtype
+    hidden_token = hidden_size * dtype.itemsize
+    head_dtype = torch.promote_types(dtype, torch.float32)
+    return StageActivations(
+        layers=tuple(_probe(part, hidden_size, dtype) for part in parts),
+        output_per_token=hidden_token,
+        head_row=0 if stage.head is None else stage.head.out_features * head_dtype.itemsize,
+        largest_parameter=max(leaf.nbytes for leaf in leaves),
+    )
+
+
+def predict_memory(
+    stage: StageModel,
+    activations: StageActivations,
+    microbatches: Sequence[Sequence[int]],
+    *,
+    held: int,
+    moments: int = 2,
+    recompute: bool = False,
+) -> StageMemory:
+    """The memory of training steps of these microbatches (each its examples' tokens), so many of them held at a time.
+
+    `held` is what `lemix_common.schedules.memory.held_by_stage` says of the stage; where that is more than a step has,
+    the next step's are taken to be alike. `moments` are the optimizer's tensors for each parameter (AdamW 2, SGD 0).
+    Parameters that share storage (a tied head beside its embedding) have it and its moments once, and a gradient each.
+    """
+    leaves = list(stage.leaves().values())
+    weights = stage.weight_bytes
+    master = torch.float32.itemsize
+    is_lower = leaves[0].dtype.itemsize < master
+    unique = weights // leaves[0].dtype.itemsize
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    sizes = [activations.held(lengths, recompute=recompute) for lengths in microbatches]
+    largest = sorted(sizes * math.ceil(held / len(sizes)), reverse=True)[:held]
+    return StageMemory(
+        weights=weights,
+        masters=unique * master if is_lower else 0,
+        moments=moments * unique * max(master, leaves[0].dtype.itemsize),
+        gradients=gradients,
+        shard_sums=gradients,
+        activations=sum(largest),
+        workspace=max(activations.at_work(lengths, recompute=recompute) for lengths in microbatches),
+    )
+
+
+def _probe(part: StageModel, hidden_size: int, dtype: torch.dtype) -> LayerActivations:
+    masks = LayerActivations(
+        fixed=0,
+        per_token=0,
+        input_per_token=torch.int64.itemsize if part.is_first else hidden_size * dtype.itemsize,
+        mask_element=dtype.itemsize,
+        window=_window(part),
+    )
+    few, many = (
+        _kept_bytes(part, num_tokens, hidden_size, dtype) - masks.kept([num_tokens]) for num_tokens in _PROBES
+    )
+    per_token = (many - few) / (_PROBES[1] - _PROBES[0])
+    return replace(masks, fixed=round(few - per_token * _PROBES[0]), per_token=per_token)
+
+
+def _kept_bytes(part: StageModel, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
+    source = (
+        torch.zeros((1, num_tokens), dtype=torch.int64)
+        if part.is_first
+        else torch.zeros((1, num_tokens, hidden_size), dtype=dtype, requires_grad=True)
+    )
+    saved = SavedTensors()
+    saved.add(source)
+    with saved.counting():
+        output = part(source, torch.arange(num_tokens))
+    return saved.bytes_beside([*part.leaves().values(), *part.base.buffers(), output])
+
+
+def _window(part: StageModel) -> int | None:
+    """The layer's sliding window, in tokens."""
+    config = part.base.config
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    window: int | None = getattr(config, "sliding_window", None)
+    return window if "sliding_attention" in kinds else None
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor

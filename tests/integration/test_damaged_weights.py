@@ -1,0 +1,135 @@
+"""Checkpoints that aren't what was sealed are refused, whatever was done to them, and nothing is changed by that."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clusters import fresh_broker
+from lemix_common.clock import wait_until
+from lemix_common.errors import ClusterError
+from lemix_common.manifest import MANIFEST
+from lemix_common.server import RunningBroker
+from lemix_common.store.cluster import MAIN_RUN
+from lemix_common.store.training import Training
+from lemix_common.store.versions import Versions
+from rollback_scene import learning
+from tiny_model import write_tiny_llama
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model's folder."""
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", layers=4)
+
+
+def truncate(path: Path) -> None:
+    """Its last bytes are gone."""
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip(path: Path) -> None:
+    """One bit, in the middle of a tensor."""
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def swap(path: Path) -> None:
+    """With the other stage's file."""
+    other = path.with_name(path.name.replace("000", "001"))
+    first, second = path.read_bytes(), other.read_bytes()
+    path.write_bytes(second)
+    other.write_bytes(first)
+
+
+def of_another_version(path: Path) -> None:
+    """The whole directory, manifest included."""
+    for file in (path.parent.parent / "0.1").iterdir():
+        shutil.copy(file, path.parent / file.name)
+
+
+def lose(path: Path) -> None:
+    """The file isn't there."""
+    path.unlink()
+
+
+DAMAGES = [
+    pytest.param(truncate, "weights-000.safetensors", "weights-000", id="truncated"),
+    pytest.param(flip, "weights-001.safetensors", "weights-001", id="bit-flipped"),
+    pytest.param(flip, "optimizer-000.safetensors", "optimizer-000", id="optimizer bit-flipped"),
+    pytest.param(swap, "weights-000.safetensors", "weights-000", id="stages swapped"),
+    pytest.param(of_another_version, MANIFEST, "holds version 0.1, not 0.2", id="another version"),
+    pytest.param(lose, "weights-001.safetensors", "weights-001", id="a file lost"),
+    pytest.param(truncate, MANIFEST, MANIFEST, id="manifest truncated"),
+]
+
+
+def test_a_damaged_checkpoint_is_not_gone_back_to(
+    folder: Path, server: RunningBroker, tmp_path: Path
+) -> None:
+    """The refusal names the file; what was served is served, training goes on, and an intact checkpoint will do."""
+    with fresh_broker(server) as broker, learning(broker, folder, tmp_path, stages=2) as back:
+        for name in ("first", "second"):
+            back.learn(name, 1)
+            directory = back.checkpoint()
+        back.learn("third", 1)
+        whole = tmp_path / "whole"
+        shutil.copytree(directory, whole)
+        for damage, file, reason in [parameters.values for parameters in DAMAGES]:
+            assert callable(damage)
+            damage(directory / str(file))
+            with pytest.raises(ClusterError, match=f"nothing was changed.*{reason}"):
+                back.client.rollback("0.2", 30)
+            assert Versions(broker).live()["served"] == "0.3"
+            shutil.rmtree(directory)
+            shutil.copytree(whole, directory)
+        back.learn("fourth", 1)
+        assert Versions(broker).live()["served"] == "0.4"
+        assert back.client.rollback("0.2", 30) == "1.4"
+
+
+@pytest.mark.parametrize(("damage", "file", "reason"), DAMAGES)
+def test_a_damaged_checkpoint_is_not_resumed_from(
+    folder: Path,
+    server: RunningBroker,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    file: str,
+    reason: str,
+) -> None:
+    """Serving goes on with what was published; training stands still and says why, until an older one is gone back to."""
+    with fresh_broker(server) as broker:
+        with learning(broker, folder, tmp_path, stages=2) as before:
+            for name in ("first", "second"):
+                before.learn(name, 1)
+                directory = before.checkpoint()
+        damage(directory / file)
+        with learning(broker, folder, tmp_path, stages=2) as after:
+            training = Training(broker, MAIN_RUN)
+            wait_until(lambda: training.state().refused != "", what="it is refused", timeout_s=20)
+            refused = training.state().refused
+            assert reason in refused
+            assert "`lemix rollback 0.1`" in refused
+            assert after.client.score([3, 4], [5], timeout=30).weights_version == "0.2"
+            assert after.client.rollback("0.1", 30) == "1.2"
+            assert [trained.step for trained in after.learn("third", 1)] == [3, 3]
+            assert training.state().refused == ""
+
+
+def test_a_served_version_that_is_damaged_is_taken_from_its_checkpoint(
+    folder: Path, server: RunningBroker, tmp_path: Path
+) -> None:
+    """Equal versions have equal bits; without a checkpoint the cluster can't start, and says which file it is."""
+    with fresh_broker(server) as broker:
+        with learning(broker, folder, tmp_path, stages=2) as before:
+            before.learn("first", 1)
+            before.checkpoint()
+            expected = before.client.score([3, 4], [5, 6], timeout=30).logprobs
+        flip(tmp_path / "versions" / "0.1" / "weights-000.safetensors")
+        with learning(broker, folder, tmp_path, stages=2) as after:
+            score = after.client.score([3, 4], [5, 6], timeout=30)
+            assert (score.weights_version, score.logprobs) == ("0.1", expected)
