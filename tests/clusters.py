@@ -18,6 +18,7 @@ import torch
 
 from lemix import Client
 from lemix.connection import connection_over
+from lemix.held_out import read_held_out
 from lemix.model_folder import open_model_folder
 from lemix_common.broker import Broker, connect
 from lemix_common.clock import SystemClock, wait_until
@@ -35,7 +36,7 @@ from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
 from lemix_stage_worker.model.costs import cut_model
-from lemix_stage_worker.model.source import open_model
+from lemix_stage_worker.model.source import dtype_named, open_model
 from lemix_stage_worker.model.weights import open_weights
 from lemix_stage_worker.reporter import Reporter
 from lemix_stage_worker.worker import Worker
@@ -158,7 +159,7 @@ class InProcessCluster:
         name = WorkerId(f"{slot}-{uuid.uuid4().hex[:6]}")
         broker, inbox, clock = mortal(self.broker, kill_point), Inbox(), SystemClock()
         cluster = Cluster(broker)
-        source = open_model(Path(self.settings.model))
+        source = open_model(Path(self.settings.model), dtype=dtype_named(self.settings.dtype))
         links = Links(name, open_transport(Identity(name, cluster.secret())), inbox, clock)
         address = links.listen(f"memory:{name}")
         worker = MortalWorker(
@@ -307,7 +308,8 @@ def in_process_cluster(
     points = kill_points or {}
     threads = set(threading.enumerate())
     model = open_model_folder(settings.model, stages=settings.stages)
-    Cluster(broker).create(settings, model.fields(), model.tokenizer)
+    held_out = read_held_out(settings.gate_file, model)
+    Cluster(broker).create(settings, model.fields(), model.tokenizer, held_out)
     cluster = InProcessCluster(broker, settings, data_dir)
     with silent_deaths():
         cluster.add_coordinator(points.get(COORDINATOR))

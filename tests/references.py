@@ -96,12 +96,13 @@ def train_whole(
     learning_rate: float,
     weight_decay: float,
     delay: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
     """The plain loop: one model, one process, one microbatch an example, torch's AdamW.
 
     With a ``delay`` of 1 each step's gradients are those of the version before the newest.
     """
-    model = whole_model(folder)
+    model = whole_model(folder).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     kept = [_copy(model)]
     for start in range(0, len(examples), step_examples):

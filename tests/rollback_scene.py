@@ -60,9 +60,14 @@ class Learning:
 
     def learn(self, name: str, steps: int) -> list[Trained]:
         """Learn them, and have them served."""
-        learned = [future.result(30) for future in self.submit(name, steps)]
+        futures = self.submit(name, steps)
+        wait_until(
+            lambda: self.cluster.replace_dead() == [] and all(future.done() for future in futures),
+            what="the examples are learned",
+            timeout_s=40,
+        )
         self.calm()
-        return learned
+        return [future.result(0) for future in futures]
 
     def calm(self) -> None:
         """Wait until every stage is ready and at the committed step, whoever has to be started again for it."""

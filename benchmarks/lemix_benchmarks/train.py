@@ -174,6 +174,7 @@ def _contestants(folder: Path, directory: Path, seed: int) -> Iterator[list[Cont
         model=str(folder),
         stages=STAGES,
         step_examples=EXAMPLES,
+        microbatches=MICROBATCHES,
         publish_every=_NEVER,  # the peer serves nobody either
         checkpoint_every=_NEVER,
         seed=seed,

@@ -86,6 +86,11 @@ class Keys:
         """Sorted set: ``PROCESS URL`` of each process's Prometheus page, by when it last said so."""
         return self._key("metrics")
 
+    @property
+    def held_out(self) -> str:
+        """String: the examples that versions are judged by before they are served, as JSON pairs of token ids."""
+        return self._key("held_out")
+
     # ---- workers and placement
     @property
     def workers(self) -> str:
@@ -151,7 +156,7 @@ class Keys:
 
     # ---- training
     def run(self, run: str) -> str:
-        """Hash: lineage, base (its first step), planned, committed, checkpoint, attempt, members, flushes, refused."""
+        """Hash: lineage, base (its first step), planned, committed, checkpoint, attempt, members, flushes, refused, held_back."""
         return self._key("run", run)
 
     def checkpoints(self, run: str) -> str:
@@ -183,11 +188,11 @@ class Keys:
 
     @property
     def version_log(self) -> str:
-        """Stream: the versions that were published, each with what it is made of."""
+        """Stream: the versions that were published or held back, each with what it is made of."""
         return self._key("versions", "log")
 
     def version(self, version: object) -> str:
-        """Hash: directory, sha256, step, operation (that made it), published_at, prepared:N:S."""
+        """Hash: directory, sha256, step, operation (that made it), held_out_loss, published_at, prepared:N:S."""
         return self._key("version", version)
 
     @property

@@ -35,13 +35,17 @@ class Manifest:
         for name in names:
             path = self.directory / name
             if name not in self.files:
-                raise WeightsDamaged(f"{path} is none of the files that version {self.version} was sealed with")
+                raise WeightsDamaged(
+                    f"{path} is none of the files that version {self.version} was sealed with"
+                )
             try:
                 is_same = sha256_of_file(path) == self.files[name]
             except OSError as error:
                 raise WeightsDamaged(f"{path} can't be read ({error.strerror})") from None
             if not is_same:
-                raise WeightsDamaged(f"{path} was changed since version {self.version} was sealed (another sha256)")
+                raise WeightsDamaged(
+                    f"{path} was changed since version {self.version} was sealed (another sha256)"
+                )
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -75,6 +75,10 @@ class ClusterSettings:
     """Seed of whatever is random: the random policy, sampling without a seed of its own."""
     publish_every: int = 1
     """Committed steps between published versions."""
+    gate_file: str = ""
+    """JSONL file of held-out examples: a version that does worse on them than the served one isn't served; empty: all are."""
+    gate_margin: float = 0.0
+    """By how much a version's held-out loss (nats a token) may be above the served one's."""
     checkpoint_every: int = 50
     """Committed steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -106,6 +110,7 @@ class ClusterSettings:
             "seed",
             "weight_decay",
             "max_step_wait_s",
+            "gate_margin",
             "warmup_steps",
             "max_gradient_norm",
         ):

@@ -240,3 +240,19 @@ def test_who_stands_by_just_ends(broker: Broker, tmp_path: Path) -> None:
     assert is_over.wait(PATIENCE_S)
     assert Cluster(broker).state()["state"] == "running"
     assert not Versions(broker).in_progress()
+
+
+def test_late_steps_begin_where_a_checkpoint_is(broker: Broker, model: ModelFolder, tmp_path: Path) -> None:
+    """Steps that a checkpoint doesn't cover would be replayed otherwise than they were computed: refused."""
+    directory, settings = DataDir(tmp_path / "data"), ClusterSettings(stages=2)
+    late = replace(settings, schedule="a-pp")
+    create_cluster(broker, "redis://x", settings, model, directory)
+    run = broker.keys.run(MAIN_RUN)
+    broker.client.hset(run, mapping={"planned": 7, "committed": 7, "checkpoint": 5})
+    with pytest.raises(BadInput, match="steps 6 to 7 are in no checkpoint"):
+        create_cluster(broker, "redis://x", late, model, directory)
+    create_cluster(broker, "redis://x", replace(settings, schedule="gpipe"), model, directory)
+    assert broker.client.hget(run, "base") is None
+    broker.client.hset(run, "checkpoint", 7)
+    create_cluster(broker, "redis://x", late, model, directory)
+    assert broker.client.hget(run, "base") == "7"

@@ -57,15 +57,17 @@ def lose(path: Path) -> None:
     path.unlink()
 
 
-DAMAGES = [
-    pytest.param(truncate, "weights-000.safetensors", "weights-000", id="truncated"),
-    pytest.param(flip, "weights-001.safetensors", "weights-001", id="bit-flipped"),
-    pytest.param(flip, "optimizer-000.safetensors", "optimizer-000", id="optimizer bit-flipped"),
-    pytest.param(swap, "weights-000.safetensors", "weights-000", id="stages swapped"),
-    pytest.param(of_another_version, MANIFEST, "holds version 0.1, not 0.2", id="another version"),
-    pytest.param(lose, "weights-001.safetensors", "weights-001", id="a file lost"),
-    pytest.param(truncate, MANIFEST, MANIFEST, id="manifest truncated"),
-]
+Damage = Callable[[Path], None]
+DAMAGES: dict[str, tuple[Damage, str, str]] = {
+    "truncated": (truncate, "weights-000.safetensors", "weights-000"),
+    "bit-flipped": (flip, "weights-001.safetensors", "weights-001"),
+    "optimizer-bit-flipped": (flip, "optimizer-000.safetensors", "optimizer-000"),
+    "stages-swapped": (swap, "weights-000.safetensors", "weights-000"),
+    "another-version": (of_another_version, MANIFEST, "holds version 0.1, not 0.2"),
+    "lost": (lose, "optimizer-001.safetensors", "optimizer-001"),
+    "manifest-truncated": (truncate, MANIFEST, MANIFEST),
+}
+"""What is done, to which file, and what the refusal must name."""
 
 
 def test_a_damaged_checkpoint_is_not_gone_back_to(
@@ -79,9 +81,8 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
         back.learn("third", 1)
         whole = tmp_path / "whole"
         shutil.copytree(directory, whole)
-        for damage, file, reason in [parameters.values for parameters in DAMAGES]:
-            assert callable(damage)
-            damage(directory / str(file))
+        for damage, file, reason in DAMAGES.values():
+            damage(directory / file)
             with pytest.raises(ClusterError, match=f"nothing was changed.*{reason}"):
                 back.client.rollback("0.2", 30)
             assert Versions(broker).live()["served"] == "0.3"
@@ -92,16 +93,12 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
         assert back.client.rollback("0.2", 30) == "1.4"
 
 
-@pytest.mark.parametrize(("damage", "file", "reason"), DAMAGES)
+@pytest.mark.parametrize("kind", DAMAGES)
 def test_a_damaged_checkpoint_is_not_resumed_from(
-    folder: Path,
-    server: RunningBroker,
-    tmp_path: Path,
-    damage: Callable[[Path], None],
-    file: str,
-    reason: str,
+    folder: Path, server: RunningBroker, tmp_path: Path, kind: str
 ) -> None:
-    """Serving goes on with what was published; training stands still and says why, until an older one is gone back to."""
+    """Serving goes on with what was published; training stands still, says why, and goes on from an older one."""
+    damage, file, reason = DAMAGES[kind]
     with fresh_broker(server) as broker:
         with learning(broker, folder, tmp_path, stages=2) as before:
             for name in ("first", "second"):

@@ -108,9 +108,13 @@ def test_what_was_planned_goes_on_upon_the_weights_that_were_gone_back_to(
         back.calm()
         run = Training(broker, MAIN_RUN).state()
         assert (run.committed, run.published, run.lineage) == (13, 13, 1)
-        assert version.startswith("1.") and 4 <= int(version[2:]) <= 13
+        assert version.startswith("1.")
+        assert 4 <= int(version[2:]) <= 13
         assert back.served_sha256() == back.cluster.fingerprint(0)
-        assert (broker.hash(broker.keys.totals)["done"], broker.hash(broker.keys.totals)["open"]) == ("26", "0")
+        assert (broker.hash(broker.keys.totals)["done"], broker.hash(broker.keys.totals)["open"]) == (
+            "26",
+            "0",
+        )
 
 
 def test_only_what_has_a_checkpoint_can_be_gone_back_to(

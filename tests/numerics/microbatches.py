@@ -101,6 +101,7 @@ def learn(
         head = HeadPass(stages[-1], source, row.lengths)
         for _ in head.run(row.targets, num_targets):
             pass
+        head.add_gradients()
         losses += head.losses
         gradient_BTD: Tensor | None = head.gradient_BTD
         for layers in reversed(passes):

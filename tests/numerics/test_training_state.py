@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from lemix_common.ids import BASE_VERSION
+from lemix_common.ids import Version
 from lemix_common.store.training import PlannedStep
 from lemix_stage_worker import training_state
 from lemix_stage_worker.hosted_stage import build_template, training_on
@@ -143,3 +145,61 @@ def test_a_step_without_gradients_only_counts(subject: Subject) -> None:
         state.snapshot(optimizer=False),
         {leaf.name: leaf.parameter for leaf in served.all_leaves() if not state._is_tied_head(leaf.name)},
     )
+
+
+def test_updates_too_small_for_bfloat16_add_up(subject: Subject) -> None:
+    """The optimizer's float32 masters keep them; the weights are the masters, rounded."""
+    shell = served_stage(subject).shell()
+    shell.load(
+        {name: tensor.bfloat16() for name, tensor in subject.source.read(shell.parameter_names()).items()}
+    )
+    state = TrainingState(0, Weights(shell))
+    start = state.snapshot(optimizer=False)
+    small = replace(planned(1), learning_rate=1e-5, weight_decay=0.0)
+    ones = {name: torch.ones_like(state.model.leaves()[name], dtype=torch.float32) for name in state._updated()}
+    for _ in range(20):
+        for _ in state.apply({name: tensor.clone() for name, tensor in ones.items()}, small, scale=1.0):
+            pass
+    saved = state.snapshot(optimizer=True)
+    for name, before in start.items():
+        torch.testing.assert_close(saved[name], before.float() - 20e-5, rtol=1e-6, atol=2e-6)
+        assert torch.equal(state.model.leaves()[name], saved[name].bfloat16())
+    masters = {name: tensor for name, tensor in saved.items() if not name.startswith("optimizer.")}
+    again = served_stage(subject).shell()
+    again.load({name: tensor.bfloat16() for name, tensor in masters.items()})
+    moments = {name: tensor for name, tensor in saved.items() if name.startswith("optimizer.")}
+    loaded = TrainingState(20, Weights(again), moments=moments, masters=masters)
+    assert_equal(loaded.snapshot(optimizer=True), saved)
+    for each in (state, loaded):
+        for _ in each.apply({name: tensor.clone() for name, tensor in ones.items()}, small, scale=1.0):
+            pass
+    assert_equal(loaded.snapshot(optimizer=True), state.snapshot(optimizer=True))
+
+
+def test_overlapping_steps_keep_the_version_before(subject: Subject) -> None:
+    """Two versions, never three: the optimizer writes over the oldest, and a checkpoint has both."""
+    served = served_stage(subject)
+    template = build_template(subject.source, 0, cut_model(subject.source, 1))
+    state = training_on(served, template, Version(0, 0), overlaps=True)
+    plain = state_on(served, subject)
+    assert state.weights_at(0) is state.newest
+    seen = []
+    for step in range(1, 5):
+        before = plain.snapshot(optimizer=False)
+        run(plain, range(step, step + 1))
+        run(state, range(step, step + 1))
+        older = state.weights_at(step - 1)
+        assert older is not None
+        assert state.weights_at(step - 2) is None
+        leaves = older.leaves()
+        assert_equal({name: leaves[name].detach() for name in before}, before)
+        assert_equal(state.snapshot(optimizer=False), plain.snapshot(optimizer=False))
+        seen.append({weights.leaves()[next(iter(before))].data_ptr() for weights in (state.newest, older)})
+    assert seen[1] == seen[2] == seen[3]
+    saved = state.snapshot(optimizer=True)
+    assert {name.split(".")[1] for name in saved if name.startswith("optimizer.")} == {
+        "step",
+        "exp_avg",
+        "exp_avg_sq",
+        "older",
+    }

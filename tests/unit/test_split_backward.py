@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,3 +77,18 @@ def test_what_is_not_to_be_learned_does_not_join() -> None:
     gradient, joins = input_gradient(output, torch.ones_like(output), source, Shelf())
     assert torch.equal(gradient, torch.full((2, 4), 5.0))
     assert joins == []
+
+
+def test_nothing_is_left_to_the_garbage_collector() -> None:
+    """A graph's memory is free when its second half has run, not when cycles of references are found."""
+    gc.collect()
+    gc.disable()
+    try:
+        graph = Graph()
+        _, joins = input_gradient(graph.output, torch.ones_like(graph.output), graph.source, graph.shelf)
+        while joins:
+            joins.pop().accumulate()
+        del graph
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -38,10 +38,16 @@ if redis.call('EXISTS', K.settings) == 1 and (differs(K.settings, settings) or d
   redis.call('INCR', K.leader_epoch)
   redis.call('HINCRBY', K.cluster_state, 'generation', 1)
 end
+local schedule = redis.call('HGET', K.settings, 'schedule')
+if schedule and (schedule == 'a-pp') ~= (settings.schedule == 'a-pp') then
+  -- from here on steps are late, or no longer late: the first one has no weights that are older than the last
+  redis.call('HSET', K.run(run), 'base', redis.call('HGET', K.run(run), 'committed'))
+end
 redis.call('DEL', K.settings, K.model)
 for name, value in pairs(settings) do redis.call('HSET', K.settings, name, value) end
 for name, value in pairs(model) do redis.call('HSET', K.model, name, value) end
 redis.call('SET', K.tokenizer, ARGV[6])
+if ARGV[8] == '[]' then redis.call('DEL', K.held_out) else redis.call('SET', K.held_out, ARGV[8]) end
 redis.call('HSETNX', K.cluster_state, 'secret', secret)
 redis.call('HSETNX', K.cluster_state, 'generation', 1)
 redis.call('HSET', K.cluster_state, 'state', 'running', 'started_at', now, 'nodes', settings.nodes, 'stages', settings.stages)
@@ -229,7 +235,13 @@ class Cluster:
     broker: Broker
 
     # ---- the cluster's life
-    def create(self, settings: ClusterSettings, model: Mapping[str, object], tokenizer: str) -> None:
+    def create(
+        self,
+        settings: ClusterSettings,
+        model: Mapping[str, object],
+        tokenizer: str,
+        held_out: Sequence[tuple[Sequence[int], Sequence[int]]] = (),
+    ) -> None:
         """Publish settings and model and open for work; what an earlier life left (items, steps) stays.
 
         Repeating it changes nothing. Where settings or model differ from what was published, a new generation begins:
@@ -242,7 +254,15 @@ class Cluster:
         about = {name: str(value) for name, value in model.items()}
         secret = secrets.token_hex(32)
         self.broker.call(
-            _CREATE, settings.to_fields(), about, MAIN_RUN, secret, now, tokenizer, str(BASE_VERSION)
+            _CREATE,
+            settings.to_fields(),
+            about,
+            MAIN_RUN,
+            secret,
+            now,
+            tokenizer,
+            str(BASE_VERSION),
+            list(held_out),
         )
 
     def settings(self) -> ClusterSettings:

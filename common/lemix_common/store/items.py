@@ -171,12 +171,20 @@ return {'ok'}
 
 _START = Lua(
     "start",
-    """
+    _END
+    + """
 local item, attempt, node, worker, now = unpack(ARGV)
-local at = redis.call('HMGET', K.item(item), 'state', 'attempt', 'node', 'weights_version')
+local at = redis.call('HMGET', K.item(item), 'state', 'attempt', 'node', 'weights_version', 'pinned_version')
 if at[2] ~= attempt or at[3] ~= node or (at[1] ~= 'dispatched' and at[1] ~= 'running') then return {'stale'} end
+if at[5] then
+  local live = redis.call('HMGET', K.versions, 'served', 'draining', 'preparing')
+  if at[5] ~= live[1] and at[5] ~= live[2] and at[5] ~= live[3] then
+    end_item(item, 'failed', now, 'reason', 'version ' .. at[5] .. ' is on no stage any more')
+    return {'stale'}
+  end
+end
 if not at[4] then
-  at[4] = redis.call('HGET', K.versions, 'served')
+  at[4] = at[5] or redis.call('HGET', K.versions, 'served')
   redis.call('HSET', K.item(item), 'weights_version', at[4])
   redis.call('HINCRBY', K.versions_in_flight, at[4], 1)
 end

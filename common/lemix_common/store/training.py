@@ -254,6 +254,8 @@ class RunState:
     """(node, epoch) of those told to load their training state."""
     flushes: tuple[str, ...]
     """The newest examples at each flush that isn't planned yet, in order: no step reaches across one."""
+    held_back: int
+    """The newest step whose version the gate didn't let through."""
     rolling_back: str
     """The rollback on its way: nothing is committed until it has ended."""
     refused: str
@@ -474,6 +476,7 @@ def run_state(run: str, fields: Mapping[str, str]) -> RunState:
         published=number("published"),
         loading=tuple((node, epoch) for node, epoch in json.loads(fields.get("loading") or "[]")),
         flushes=tuple(json.loads(fields.get("flushes") or "[]")),
+        held_back=number("held_back"),
         rolling_back=fields.get("rolling_back", ""),
         refused=fields.get("refused", ""),
         kept_from=number("kept_from", 1),

@@ -7,12 +7,13 @@ at most 20 s. What a move waits for comes from the workers (``shard:S`` written,
 
     checkpoint:   requested ─▶ writing ─▶ sealed                         (any ─▶ failed)
     fingerprint:  requested ─▶ writing ─▶ sealed
-    publish:      requested ─▶ writing ─▶ preparing ─▶ published
-    rollback:     requested ─────────────▶ preparing ─▶ published
-                                              └──────▶ withdrawn ─▶ failed
+    publish:      requested ─▶ writing ─▶ preparing ─▶ judging ─▶ published
+    rollback:     requested ────────────▶ preparing ─────────────▶ published
+                                              └───────────┴─────▶ withdrawn ─▶ held_back | failed
 
-A snapshot that loses a writer goes back to *requested* with other writers. A version that a stage can't load is
-*withdrawn*: the stages forget it, its files go, and what was served stays.
+A snapshot that loses a writer goes back to *requested* with other writers. Only a gate makes *judging* (`store/gate.py`).
+A version that the gate holds back, or that a stage can't load, is *withdrawn*: the stages forget it, its files go, and
+what was served stays.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lemix_common.broker import LEADER_ONLY, NOTICE, Broker, Lua
 from lemix_common.store.items import REPLY, fence
 from lemix_common.store.rollbacks import BEGIN_LINEAGE, WITHDRAWAL
 
-ENDED_STATES = frozenset({"sealed", "published", "failed"})
+ENDED_STATES = frozenset({"sealed", "published", "held_back", "failed"})
 
 _OPEN = Lua(
     "open_operation",
@@ -169,7 +170,7 @@ _PUBLISH = Lua(
 local id, now = ARGV[1], ARGV[2]
 local state, run, version, step, kind = unpack(
   redis.call('HMGET', K.operation(id), 'state', 'run', 'version', 'step', 'kind'))
-if state ~= 'preparing' then return {'stale'} end
+if state ~= 'preparing' and state ~= 'judging' then return {'stale'} end
 local nodes, stages = unpack(redis.call('HMGET', K.cluster_state, 'nodes', 'stages'))
 local able = 0
 for n = 0, nodes - 1 do
@@ -231,7 +232,8 @@ if kind == 'rollback' then
 end
 redis.call('XADD', K.version_log, 'MAXLEN', '~', 10000, '*', 'version', version, 'parent', parent, 'run', run,
            'step', step, 'examples', examples, 'loss', loss,
-           'sha256', redis.call('HGET', K.version(version), 'sha256') or '', 'published_at', now)
+           'sha256', redis.call('HGET', K.version(version), 'sha256') or '', 'published_at', now, 'verdict', 'served',
+           'held_out_loss', redis.call('HGET', K.operation(id), 'held_out_loss') or '')
 return {'ok'}
 """,
 )
@@ -243,7 +245,8 @@ _REFUSE = Lua(
     + """
 local version, reason = ARGV[1], ARGV[2]
 local id = redis.call('HGET', K.version(version), 'operation')
-if not id or redis.call('HGET', K.operation(id), 'state') ~= 'preparing' then return {'stale'} end
+local state = id and redis.call('HGET', K.operation(id), 'state')
+if state ~= 'preparing' and state ~= 'judging' then return {'stale'} end
 withdraw(id, version, reason)
 return {'ok'}
 """,
@@ -382,7 +385,7 @@ class Versions:
         self.broker.call(_REFUSE, version, reason)
 
     def publish(self, operation: str) -> str:
-        """preparing ─▶ published, if every ready node has it: one flip; its examples are done."""
+        """preparing or judging ─▶ published, if every ready node has it: one flip; its examples are done."""
         return str(self.broker.call(_PUBLISH, operation, f"{self.broker.clock.now():.6f}")[0])
 
     # ---- versions

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lemix_common.broker import Broker
 from lemix_common.clock import wait_until
-from lemix_common.errors import ShuttingDown
+from lemix_common.errors import ClusterError, ShuttingDown
 from lemix_common.ids import Version
 from lemix_common.store.cluster import Cluster
 from lemix_common.store.training import Training
@@ -32,7 +32,12 @@ def flush(broker: Broker, run: str, *, timeout_s: float | None) -> str:
     if newest:
         wait_for(lambda: _is_planned(training, newest), "the submitted examples are planned")
         planned = training.state().planned
-    wait_for(lambda: training.state().published >= planned, f"step {planned} is served")
+    wait_for(lambda: _is_decided(training, planned), f"step {planned} is served")
+    if training.state().published < planned:
+        (judged,) = Versions(broker).published(1)
+        raise ClusterError(
+            f"version {judged['version']} was held back: {judged.get('reason')}; it is trained on"
+        )
     return Versions(broker).live()["served"]
 
 
@@ -46,6 +51,11 @@ def wait_for_version(broker: Broker, version: Version, *, timeout_s: float | Non
         interval_s=_POLL_S,
     )
     return versions.live()["served"]
+
+
+def _is_decided(training: Training, step: int) -> bool:
+    run = training.state()
+    return max(run.published, run.held_back) >= step
 
 
 def _is_planned(training: Training, example: str) -> bool:

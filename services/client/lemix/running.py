@@ -92,6 +92,16 @@ def _wait_unlocked(directory: DataDir, timeout_s: float) -> None:
 def _start(
     launch: Launch, *, environment: Mapping[str, str] | None, survives: bool
 ) -> subprocess.Popen[bytes]:
+    return start_child(
+        [sys.executable, "-m", "lemix", "up", *up_arguments(launch)],
+        log_path=launch.directory.log("supervisor"),
+        environment=os.environ | (environment or {}),
+        survives=survives,
+    )
+
+
+def up_arguments(launch: Launch) -> list[str]:
+    """What `lemix up` is told: everything, so that neither a file nor the environment has a say."""
     options = {
         **asdict(launch.settings),
         "data_dir": launch.directory.path,
@@ -99,15 +109,14 @@ def _start(
         "url": launch.url,
         "port": launch.port,
     }
-    command = [sys.executable, "-m", "lemix", "up", *(["--resume"] if launch.resume else [])]
+    arguments = ["--resume"] if launch.resume else []
     for name, value in options.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    return start_child(
-        command,
-        log_path=launch.directory.log("supervisor"),
-        environment=os.environ | (environment or {}),
-        survives=survives,
-    )
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            arguments += [f"--{option}", str(value)]
+    return arguments
 
 
 def _wait_ready(process: subprocess.Popen[bytes], directory: DataDir) -> str:

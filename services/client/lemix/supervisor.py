@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ import structlog
 
 from lemix.creation import require_continuable
 from lemix.data_dir import DataDir, RunningCluster
+from lemix.held_out import Pair, read_held_out
 from lemix.model_folder import ModelFolder, open_model_folder
 from lemix.services import Service, pids
 from lemix_common.broker import Broker, connect, hide_password
@@ -69,6 +70,7 @@ def supervise(launch: Launch, on_ready: Callable[[RunningCluster], None]) -> Non
     _require_extras()
     _require_possible(launch)
     model = open_model_folder(launch.settings.model, stages=launch.settings.stages)
+    held_out = read_held_out(launch.settings.gate_file, model)
     with launch.directory.locked(), _stop_requests() as stop:
         is_used = launch.directory.has_state()
         try:
@@ -78,7 +80,7 @@ def supervise(launch: Launch, on_ready: Callable[[RunningCluster], None]) -> Non
                 is_used = is_used or bool(broker.hash(broker.keys.model))
                 supervisor = Supervisor(launch, broker, url, stop)
                 try:
-                    supervisor.run(model, ours, on_ready)
+                    supervisor.run(model, held_out, ours, on_ready)
                 finally:
                     is_used = is_used or supervisor.is_ready or _has_items(broker)
                     supervisor.stop_children()
@@ -117,11 +119,15 @@ class Supervisor:
     _metrics_shown_at: float = 0.0
 
     def run(
-        self, model: ModelFolder, ours: RunningBroker | None, on_ready: Callable[[RunningCluster], None]
+        self,
+        model: ModelFolder,
+        held_out: Sequence[Pair],
+        ours: RunningBroker | None,
+        on_ready: Callable[[RunningCluster], None],
     ) -> None:
         """Start the children, wait until the cluster can serve, keep them running until asked to stop."""
         cluster = Cluster(self.broker)
-        cluster.create(self.launch.settings, model.fields(), model.tokenizer)
+        cluster.create(self.launch.settings, model.fields(), model.tokenizer, held_out)
         self.launch.directory.remember(self.launch.settings)
         self._earlier_workers = frozenset(cluster.workers())
         now = time.monotonic()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
+from lemix_common.store.items import ENDED
 from lemix_common.store.training import run_state
 from lemix_common.store.versions import Versions
 from lemix_coordinator.view import ClusterView, NodeView, OperationView, StageView, WorkerView
@@ -60,12 +61,27 @@ class Reader:
             draining=draining,
             draining_in_flight=int(in_flight.get(draining, 0)),
             operations=tuple(
-                operation_view(name, fields, preparing, nodes)
+                operation_view(name, fields, preparing, nodes, items_left=self._items_left(fields))
                 for name, fields in operations.items()
                 if fields.get("run") == MAIN_RUN
             ),
             empty_for_s={position: now - since for position, since in self._empty_since.items()},
         )
+
+    def _items_left(self, operation: Mapping[str, str]) -> int:
+        """How many of the items that judge a version haven't ended."""
+        if operation["state"] != "judging":
+            return 0
+        broker = self.cluster.broker
+        items = [item for of_one in json.loads(operation["items"]).values() for item in of_one]
+
+        def states() -> list[str | None]:
+            with broker.client.pipeline(transaction=False) as pipe:
+                for item in items:
+                    pipe.hget(broker.keys.item(item), "state")
+                return list(pipe.execute())
+
+        return sum(state is not None and state not in ENDED for state in broker.again(states))
 
     def _note_empty(self, nodes: tuple[NodeView, ...], workers: tuple[WorkerView, ...], now: float) -> None:
         """Positions count as empty from when there is a living worker that could take them."""
@@ -118,7 +134,12 @@ def worker_views(
 
 
 def operation_view(
-    operation: str, fields: Mapping[str, str], preparing: Mapping[str, str], nodes: tuple[NodeView, ...]
+    operation: str,
+    fields: Mapping[str, str],
+    preparing: Mapping[str, str],
+    nodes: tuple[NodeView, ...],
+    *,
+    items_left: int,
 ) -> OperationView:
     """An operation's hash as a value."""
     return OperationView(
@@ -135,4 +156,5 @@ def operation_view(
             if node.is_ready
             for stage in range(len(node.stages))
         ),
+        items_left=items_left,
     )

@@ -19,7 +19,7 @@ def snapshots(view: ClusterView) -> Iterator[OpenSnapshot | ChooseWriters | Adva
     for operation in view.operations:
         yield from _advance(view, operation, writers)
     if writers is not None:
-        behind = run.committed - run.published
+        behind = run.committed - max(run.published, run.held_back)
         is_idle = run.planned == run.committed
         if (
             view.operation_of("publish") is None
@@ -53,6 +53,8 @@ def _advance(
         case "writing" if operation.shards_written < stages:
             return
         case "preparing" if not _all_prepared(view, operation):
+            return
+        case "judging" if operation.items_left:
             return
         case state:
             yield AdvanceOperation(operation.operation, state)

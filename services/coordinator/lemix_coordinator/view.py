@@ -66,6 +66,8 @@ class OperationView:
     """The state to be written, once that is decided."""
     shards_written: int
     stages_prepared: int
+    items_left: int = 0
+    """Of those that judge it, the ones that haven't ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from lemix_stage_worker.memory import keep_freed_memory, peak_rss_bytes
 from lemix_stage_worker.metrics import worker_samples
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.self_check import check_family
-from lemix_stage_worker.model.source import open_model
+from lemix_stage_worker.model.source import dtype_named, open_model
 from lemix_stage_worker.reporter import Reporter
 from lemix_stage_worker.worker import Worker
 
@@ -105,7 +105,7 @@ def run(
     cluster = Cluster(broker)
     state = cluster.state()  # before the settings: a change of them between these lines is noticed
     settings = cluster.settings()
-    source = open_model(Path(broker.hash(broker.keys.model)["path"]))
+    source = open_model(Path(broker.hash(broker.keys.model)["path"]), dtype=dtype_named(settings.dtype))
     if source.config.model_type not in TESTED_FAMILIES:
         check_family(source)
     inbox = Inbox()

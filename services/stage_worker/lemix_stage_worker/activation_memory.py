@@ -74,10 +74,12 @@ class StageActivations:
 
     layers: tuple[LayerActivations, ...]
     output_per_token: int
+    largest_gradient: int
+    """Of a layer's parameters: it is computed before it is added to what there is."""
     head_row: int
     """Bytes of one position's logits, at their precision in the loss; 0 without a head."""
-    largest_parameter: int
-    """Bytes of the largest gradient: it is computed before it is added to what there is."""
+    head_gradient: int
+    """Of the head's parameters, kept apart until the microbatch's last gradient; 0 without a head."""
 
     def held(self, lengths: Sequence[int], *, recompute: bool = False) -> int:
         """Bytes held of a microbatch between its forward and its last gradient, by its examples' tokens."""
@@ -93,11 +95,15 @@ class StageActivations:
         A layer's backward makes gradients of what it kept, one after the other; with recomputation that has to be made
         again first.
         """
-        layer = max(layer.kept(lengths) for layer in self.layers) * (2 if recompute else 1)
-        head = self.head_row * _HEAD_COPIES * min(HEAD_ROWS, sum(lengths)) + self.output_per_token * sum(
-            lengths
+        num_tokens = sum(lengths)
+        layer = (
+            max(layer.kept(lengths) for layer in self.layers) * (2 if recompute else 1)
+            + self.largest_gradient
         )
-        return max(layer, head if self.head_row else 0) + self.largest_parameter
+        head = self.head_row * _HEAD_COPIES * min(HEAD_ROWS, num_tokens) + self.output_per_token * num_tokens
+        if num_tokens > HEAD_ROWS:
+            head += self.head_gradient  # a chunk's, before it is added to the others'
+        return self.head_gradient + (max(layer, head) if self.head_row else layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,13 +138,14 @@ def measure_activations(stage: StageModel) -> StageActivations:
     leaves = stage.leaves().values()
     hidden_size = int(stage.base.config.hidden_size)
     dtype = next(iter(leaves)).dtype
-    hidden_token = hidden_size * dtype.itemsize
+    head = None if stage.head is None else stage.head.weight
     head_dtype = torch.promote_types(dtype, torch.float32)
     return StageActivations(
         layers=tuple(_probe(part, hidden_size, dtype) for part in parts),
-        output_per_token=hidden_token,
+        output_per_token=hidden_size * dtype.itemsize,
+        largest_gradient=max(leaf.nbytes for leaf in leaves if leaf is not head),
         head_row=0 if stage.head is None else stage.head.out_features * head_dtype.itemsize,
-        largest_parameter=max(leaf.nbytes for leaf in leaves),
+        head_gradient=0 if head is None else head.nbytes,
     )
 
 
@@ -192,16 +199,18 @@ def _probe(part: StageModel, hidden_size: int, dtype: torch.dtype) -> LayerActiv
 
 
 def _kept_bytes(part: StageModel, num_tokens: int, hidden_size: int, dtype: torch.dtype) -> int:
+    leaves = list(part.leaves().values())
+    device = leaves[0].device
     source = (
-        torch.zeros((1, num_tokens), dtype=torch.int64)
+        torch.zeros((1, num_tokens), dtype=torch.int64, device=device)
         if part.is_first
-        else torch.zeros((1, num_tokens, hidden_size), dtype=dtype, requires_grad=True)
+        else torch.zeros((1, num_tokens, hidden_size), dtype=dtype, device=device, requires_grad=True)
     )
     saved = SavedTensors()
     saved.add(source)
     with saved.counting():
-        output = part(source, torch.arange(num_tokens))
-    return saved.bytes_beside([*part.leaves().values(), *part.base.buffers(), output])
+        output = part(source, torch.arange(num_tokens, device=device))
+    return saved.bytes_beside([*leaves, *part.base.buffers(), output])
 
 
 def _window(part: StageModel) -> int | None:

@@ -305,7 +305,9 @@ class Hosting:
             log.error("training_refused", node=host.node, stage=host.stage, reason=str(error))
             if isinstance(error, WeightsDamaged):
                 reason = f"{error}: {self._way_out(notice.directory)}"
-                self.background.do(lambda: self.versions.refuse_training(notice.run, notice.directory, reason))
+                self.background.do(
+                    lambda: self.versions.refuse_training(notice.run, notice.directory, reason)
+                )
             else:
                 self.background.failure = error
 

@@ -97,28 +97,22 @@ class Join:
 
 def find_joins(output: Tensor, source: Tensor) -> list[Join]:
     """The joins of a layer, from its output to its input."""
-    target = get_gradient_edge(source).node
-    leads: dict[Node, bool] = {target: True}
-    order: list[Node] = []
-
-    def leads_to_source(node: Node) -> bool:
-        if node not in leads:
-            found = [leads_to_source(following) for following in _following(node)]
-            leads[node] = any(found)
-            order.append(node)
-        return leads[node]
-
-    leads_to_source(get_gradient_edge(output).node)
+    leads = {get_gradient_edge(source).node: True}
+    _follow(get_gradient_edge(output).node, leads)
     return [
         Join(node, parameters)
-        for node in reversed(order)
+        for node in reversed(leads)
         if leads[node]
-        and (
-            parameters := tuple(
-                _parameters(following for following in _following(node) if not leads[following])
-            )
-        )
+        and (parameters := tuple(_parameters(one for one in _following(node) if not leads[one])))
     ]
+
+
+def _follow(node: Node, leads: dict[Node, bool]) -> bool:
+    """Whether a node leads to one that is said to; what is found is noted, what follows a node before it."""
+    if node not in leads:
+        found = [_follow(following, leads) for following in _following(node)]
+        leads[node] = any(found)
+    return leads[node]
 
 
 def input_gradient(

@@ -50,7 +50,7 @@ def _setting_parameters() -> list[inspect.Parameter]:
             annotation=Annotated[
                 type(field.default) | None,
                 typer.Option(
-                    f"--{field.name.replace('_', '-')}",
+                    _option(field.name, field.default),
                     help=f"{setting_descriptions()[field.name]} [default: {_shown(field.default)}]",
                     show_default=False,
                 ),
@@ -58,6 +58,11 @@ def _setting_parameters() -> list[inspect.Parameter]:
         )
         for field in fields(ClusterSettings)
     ]
+
+
+def _option(name: str, default: object) -> str:
+    name = name.replace("_", "-")
+    return f"--{name}/--no-{name}" if isinstance(default, bool) else f"--{name}"
 
 
 def _shown(value: object) -> str:

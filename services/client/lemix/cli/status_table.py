@@ -36,7 +36,19 @@ def item_table(item: str, fields: Mapping[str, str]) -> Table:
 
 def versions_table(versions: Sequence[Mapping[str, str]]) -> Table:
     """Versions, a line each, newest first."""
-    columns = ("version", "parent", "step", "examples", "loss", "sha256", "published_at", "checkpoint")
+    columns = [
+        "version",
+        "parent",
+        "step",
+        "examples",
+        "loss",
+        "sha256",
+        "published_at",
+        "verdict",
+        "checkpoint",
+    ]
+    if any(version.get("held_out_loss") for version in versions):
+        columns.insert(-2, "held_out_loss")
     rows = [[_brief(name, version.get(name, _NONE)) for name in columns] for version in versions]
     return _table(columns, rows)
 

@@ -90,7 +90,8 @@ def checkpoint(
 
 def rollback(
     version: Annotated[
-        str, typer.Argument(metavar="VERSION", help="With a checkpoint (`lemix versions`), or 0.0: the model.")
+        str,
+        typer.Argument(metavar="VERSION", help="With a checkpoint (`lemix versions`), or 0.0: the model."),
     ],
     *,
     url: UrlOption = "",

@@ -16,9 +16,11 @@ import structlog
 
 from lemix_common.errors import WeightsDamaged
 from lemix_common.manifest import MANIFEST, read_manifest
+from lemix_common.store.gate import Gate
 from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.versions import Versions
 from lemix_common.tensorfiles import sha256_of_file, weights_sha256
+from lemix_coordinator.operations.judging import begin_judging, judge
 
 log = structlog.get_logger()
 
@@ -38,11 +40,21 @@ def advance(versions: Versions, operation: str) -> None:
         case "writing":
             _seal(versions, operation, fields)
         case "preparing":
-            versions.publish(operation)
+            held_out = Gate(versions.broker).held_out() if fields["kind"] == "publish" else None
+            if held_out is None:
+                versions.publish(operation)
+            else:
+                begin_judging(versions, operation, fields["version"], held_out)
+        case "judging":
+            held_out = Gate(versions.broker).held_out()
+            if held_out is None:  # the cluster was started again, without a gate
+                versions.publish(operation)
+            else:
+                judge(versions, operation, fields, held_out)
         case "withdrawn":
             if fields["kind"] == "publish":
                 remove(fields["directory"], root=Path(fields["root"]))
-            versions.advance(operation, "withdrawn", "failed")
+            versions.advance(operation, "withdrawn", fields.get("ends_as", "failed"))
         case _:
             return
     log.info("operation_advanced", operation=operation, was=fields["state"])

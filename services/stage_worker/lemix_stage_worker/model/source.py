@@ -71,6 +71,16 @@ class ModelSource:
         return {name: tensors.pop(stored_as).to(self.dtype) for name, stored_as in stored.items()}
 
 
+def dtype_named(name: str) -> torch.dtype | None:
+    """The type that a setting names; None for an empty one, which leaves it to the model."""
+    return {
+        "": None,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float64": torch.float64,
+    }[name]
+
+
 def open_model(path: Path, *, dtype: torch.dtype | None = None) -> ModelSource:
     """Open a local Hugging Face folder; only headers are read, and no code of the folder is ever run.
 
