@@ -91,7 +91,7 @@ def real_tokens(batches: Sequence[Batch]) -> int:
 def padding_share(batches: Sequence[Batch]) -> float:
     """The part of the tokens that is padding if every example is as long as its batch's longest."""
     padded = sum(len(batch) * longest(batch) for batch in batches)
-    return 1 - real_tokens(batches) / padded
+    return 1 - real_tokens(batches) / padded if padded else 0.0
 
 
 def longest(batch: Batch) -> int:

@@ -29,6 +29,8 @@ class Manifest:
     files: Mapping[str, str]
     """sha256 by file name."""
     weights_sha256: str
+    probe: Mapping[int, tuple[float, ...]]
+    """What each layer answered to a fixed input when it was sealed; empty where that wasn't asked."""
 
     def check(self, names: Iterable[str]) -> None:
         """Read these files through and compare them."""
@@ -59,6 +61,11 @@ def read_manifest(directory: Path) -> Manifest:
             has_optimizer=bool(fields["optimizer"]),
             files={str(name): str(sha256) for name, sha256 in fields["files"].items()},
             weights_sha256=str(fields["weights_sha256"]),
+            probe={
+                int(layer): tuple(map(float, answer))
+                for stage in fields["stages"]
+                for layer, answer in stage.get("probe", {}).items()
+            },
         )
     except OSError as error:
         raise WeightsDamaged(f"{path} can't be read ({error.strerror})") from None

@@ -49,6 +49,8 @@ class ClusterSettings:
     """Tokens that are packed into one microbatch, at most; 0: each example is one of its own."""
     schedule: str = "1f1b"
     """Which stage does what when in a step: gpipe, 1f1b, interleaved, zero-bubble or a-pp."""
+    activation_bytes: int = 0
+    """What a stage may hold of a step's microbatches on their way, at most; 0: as much as the schedule asks for."""
     recompute: bool = False
     """Keep only the inputs of layers for the backward and compute the rest again: less memory, a third more time."""
     dtype: str = ""
@@ -76,7 +78,7 @@ class ClusterSettings:
     publish_every: int = 1
     """Committed steps between published versions."""
     gate_file: str = ""
-    """JSONL file of held-out examples: a version that does worse on them than the served one isn't served; empty: all are."""
+    """JSONL file of held-out examples: what does worse on them than the served version isn't served; empty: no gate."""
     gate_margin: float = 0.0
     """By how much a version's held-out loss (nats a token) may be above the served one's."""
     checkpoint_every: int = 50
@@ -107,6 +109,7 @@ class ClusterSettings:
             "step_tokens",
             "microbatches",
             "microbatch_tokens",
+            "activation_bytes",
             "seed",
             "weight_decay",
             "max_step_wait_s",

@@ -1,4 +1,4 @@
-"""Brokers to test on, each with a way to break it."""
+"""Brokers to test on, each with a way to break it, and a clock for clusters that close and open."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import fakeredis
 
 from lemix_common.broker import Broker, connect
+from lemix_common.clock import SystemClock
 from lemix_common.keys import Keys
 from lemix_common.server import RunningBroker
 
@@ -51,3 +52,17 @@ def on_server(server: RunningBroker) -> Place:
         server.wait_ready()
 
     return Place(connect(server.url, "test", patience_s=20.0), Outage(begin=kill, end=restart))
+
+
+class Reopening(SystemClock):
+    """A clock on which no time passes: who sleeps finds the cluster open again."""
+
+    def __init__(self, reopen: Callable[[], None]) -> None:
+        self.reopen = reopen
+        self.num_sleeps = 0
+
+    def sleep(self, seconds: float) -> None:
+        """Open it."""
+        assert seconds > 0
+        self.num_sleeps += 1
+        self.reopen()

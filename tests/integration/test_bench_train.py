@@ -9,7 +9,7 @@ import pytest
 from lemix_benchmarks import train
 from lemix_benchmarks.report import Plan, ratio
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def test_both_learn_the_same_from_the_same_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

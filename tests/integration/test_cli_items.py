@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,9 +12,10 @@ import typer
 from typer.testing import CliRunner, Result
 
 from integration.places import Place, on_server
-from integration.scripted_worker import ScriptedWorker
+from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
 from lemix.cli.items import register
 from lemix_common.server import RunningBroker
+from lemix_common.store.cluster import Cluster
 
 Run = Callable[..., Result]
 
@@ -97,6 +101,27 @@ def test_a_bad_row_keeps_all_others_out(run: Run, worker: ScriptedWorker, tmp_pa
         assert refused.exit_code == 2
         assert f"{path}:2: {reason}" in refused.stderr
     assert not worker.broker.client.exists(worker.broker.keys.totals)
+
+
+def test_what_a_command_waits_for_is_said_on_stderr(
+    server: RunningBroker, worker: ScriptedWorker, tmp_path: Path
+) -> None:
+    """A cluster that is closed for a while is waited for, and stdout still has one JSON object and nothing else."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "reference": "b"}\n', "utf-8")
+    cluster, settings = Cluster(worker.broker), Cluster(worker.broker).settings()
+    cluster.stop_accepting()
+    with subprocess.Popen(
+        [sys.executable, "-m", "lemix", "train", str(tmp_path / "rows.jsonl"), "--json"],
+        env=os.environ | {"LEMIX_URL": server.url, "LEMIX_CLUSTER": "test"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert json.loads(process.stderr.readline())["event"] == "cluster_closed"
+        cluster.create(settings, MODEL, BYTES_TOKENIZER)
+        shown, _ = process.communicate(timeout=20)
+    assert json.loads(shown) == {"rows": 1, "examples": 1, "weights_version": None}
 
 
 def test_an_unreachable_cluster_is_status_1(run: Run) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 from tokenizers import Tokenizer
 
-from integration.places import Place
-from integration.scripted_worker import BYTES_TOKENIZER, ScriptedWorker
+from integration.places import Place, Reopening
+from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
 from lemix import Chunk, Client, GenerateItem, Score, ScoreItem, Trained, TrainItem
 from lemix.replies import Reply, TokensGenerated
 from lemix_common.clock import wait_until
@@ -136,6 +136,16 @@ def test_a_stopping_cluster_refuses_items(client: Client, worker: ScriptedWorker
         client.submit(ScoreItem([1], [2]))
     with pytest.raises(BadInput):
         client.submit(ScoreItem([], [2]))
+
+
+def test_queueing_many_waits_for_a_cluster_that_opens_again(client: Client, worker: ScriptedWorker) -> None:
+    """A client that gave up halfway couldn't say which examples to queue again."""
+    cluster, settings = Cluster(worker.broker), Cluster(worker.broker).settings()
+    clock = worker.broker.clock = Reopening(lambda: cluster.create(settings, MODEL, BYTES_TOKENIZER))
+    cluster.stop_accepting()
+    assert len(client.train_many([("a", "b"), ("c", "d")])) == 2
+    assert clock.num_sleeps == 1
+    assert client.status()["queues"]["examples"]["depth"] == 2
 
 
 def test_a_stopping_cluster_ends_a_flush(client: Client, worker: ScriptedWorker) -> None:

@@ -62,7 +62,7 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "truncated": (truncate, "weights-000.safetensors", "weights-000"),
     "bit-flipped": (flip, "weights-001.safetensors", "weights-001"),
     "optimizer-bit-flipped": (flip, "optimizer-000.safetensors", "optimizer-000"),
-    "stages-swapped": (swap, "weights-000.safetensors", "weights-000"),
+    "stages-swapped": (swap, "weights-000.safetensors", "weights-00"),
     "another-version": (of_another_version, MANIFEST, "holds version 0.1, not 0.2"),
     "lost": (lose, "optimizer-001.safetensors", "optimizer-001"),
     "manifest-truncated": (truncate, MANIFEST, MANIFEST),

@@ -4,19 +4,17 @@ import io
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
-from integration.places import Place
+from integration.places import Place, Reopening
 from integration.scripted_worker import BYTES_TOKENIZER, MODEL, SPAN_S, ScriptedWorker
 from lemix import Client
 from lemix.connection import connection_over
 from lemix_common.broker import Broker
-from lemix_common.clock import SystemClock
 from lemix_common.store.cluster import Cluster
 from lemix_studies.history import History
 from lemix_studies.replay import Outcome, Replay, run_replay
@@ -142,20 +140,6 @@ def test_a_broker_restart_loses_and_doubles_nothing(
     summary = summary_of(outcome, OPTIONS, tmp_path)
     assert [summary[name] for name in ("done", "lost", "duplicated")] == [22, 0, 0]
     assert [item for step in outcome.steps for item in step.items] == [f"r-{k:06d}" for k in range(0, 22, 4)]
-
-
-class Reopening(SystemClock):
-    """A clock on which no time passes: who sleeps finds the cluster open again."""
-
-    def __init__(self, reopen: Callable[[], None]) -> None:
-        self.reopen = reopen
-        self.num_sleeps = 0
-
-    def sleep(self, seconds: float) -> None:
-        """Open it."""
-        assert seconds > 0
-        self.num_sleeps += 1
-        self.reopen()
 
 
 def test_a_cluster_that_closes_for_a_while_loses_nothing(broker: Broker, worker: ScriptedWorker) -> None:

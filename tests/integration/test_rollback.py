@@ -72,6 +72,24 @@ def test_the_model_itself_can_be_gone_back_to(folder: Path, server: RunningBroke
         assert (back.served_sha256(), back.cluster.fingerprint(0)) == (trained, trained)
 
 
+def test_a_cluster_goes_on_from_what_it_had_gone_back_to(
+    folder: Path, server: RunningBroker, tmp_path: Path
+) -> None:
+    """All processes are others: version and training state are those of the checkpoint, under their new name."""
+    with fresh_broker(server) as broker:
+        with learning(broker, folder, tmp_path, stages=2) as before:
+            before.learn("kept", 1)
+            before.checkpoint()
+            kept = before.served_sha256()
+            before.learn("left", 1)
+            assert before.client.rollback("0.1", 30) == "1.2"
+        with learning(broker, folder, tmp_path, stages=1) as after:
+            after.calm()
+            assert after.client.score([3, 4], [5], timeout=30).weights_version == "1.2"
+            assert after.cluster.fingerprint(0) == kept
+            assert [trained.step for trained in after.learn("after", 1)] == [3, 3]
+
+
 def test_a_request_finishes_on_the_version_it_began_with(
     folder: Path, server: RunningBroker, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,8 @@ def _compute(seconds: float) -> None:
 
 def blocked_s(broker: Broker, item: str) -> list[float]:
     """What the worker reported that an item's steps waited behind training."""
-    batches = [json.loads(fields["spans"]) for _, fields in broker.client.xrange(broker.keys.events)]
+    entries: Any = broker.client.xrange(broker.keys.events)
+    batches = [json.loads(fields["spans"]) for _, fields in entries]
     return [span["blocked_s"] for batch in batches for span in batch if span["item"] == item]
 
 

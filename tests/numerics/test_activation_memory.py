@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 from lemix_stage_worker.activation_memory import (
     SavedTensors,
     StageMemory,
+    TrainingWay,
     measure_activations,
     predict_memory,
 )
@@ -71,14 +72,14 @@ def test_a_stages_memory_is_told_by_its_parts(wide: StageModel) -> None:
     embedding, layers = 8192 * 512, 2 * (4 * 512 * 512 + 3 * 512 * 1376 + 2 * 512) + 512
     activations = measure_activations(wide)
     sizes = [activations.held(lengths) for lengths in ((64,), (200, 56), (16, 16))]
-    memory = predict_memory(wide, activations, [(64,), (200, 56), (16, 16)], held=2)
+    memory = predict_memory(wide, activations, [(64,), (200, 56), (16, 16)], TrainingWay(held=2))
     assert memory == StageMemory(
         weights=2 * (embedding + layers),
         masters=4 * (embedding + layers),
         moments=8 * (embedding + layers),
         gradients=2 * (2 * embedding + layers),
         shard_sums=2 * (2 * embedding + layers),
-        activations=sizes[0] + sizes[1],
+        activations=sizes[0] + sizes[1] + 2 * embedding,
         workspace=activations.at_work((200, 56)),
     )
     assert memory.total == sum(
@@ -92,9 +93,18 @@ def test_a_stages_memory_is_told_by_its_parts(wide: StageModel) -> None:
 def test_recomputation_holds_little_and_stochastic_gradients_have_no_moments(wide: StageModel) -> None:
     """Only the inputs of layers are held, and what is computed again comes on top while it is used."""
     activations = measure_activations(wide)
-    kept = predict_memory(wide, activations, [(512,)], held=3, moments=0)
-    again = predict_memory(wide, activations, [(512,)], held=3, moments=0, recompute=True)
+    kept = predict_memory(wide, activations, [(512,)], TrainingWay(held=3, moments=0))
+    again = predict_memory(wide, activations, [(512,)], TrainingWay(held=3, moments=0, recompute=True))
     assert kept.moments == again.moments == 0
-    assert again.activations == 3 * 512 * (8 + 2 * 512 + 2 * 512)
-    assert again.activations < kept.activations / 10
+    assert again.activations == 3 * 512 * (8 + 2 * 512 + 2 * 512) + 2 * 8192 * 512
+    assert again.activations < kept.activations / 3
     assert again.total < kept.total
+
+
+def test_halves_keep_a_heads_gradient_for_each_microbatch(wide: StageModel) -> None:
+    """Until the weights' half of a microbatch, its head's gradient can't be added to the others'."""
+    activations = measure_activations(wide)
+    whole = predict_memory(wide, activations, [(64,)], TrainingWay(held=3))
+    halves = predict_memory(wide, activations, [(64,)], TrainingWay(held=3, splits=True, weight_copies=2))
+    assert halves.activations - whole.activations == 2 * (2 * 8192 * 512)
+    assert halves.weights == 2 * whole.weights

@@ -74,7 +74,7 @@ def test_padding_is_what_a_batch_s_longest_adds_to_the_others() -> None:
     batches = [(example(2), example(4), example(2)), (example(2), example(2))]
     assert real_tokens(batches) == 12
     assert padding_share(batches) == 0.25
-    assert padding_share(batches[1:]) == 0.0
+    assert padding_share(batches[1:]) == padding_share([]) == 0.0
 
 
 def test_a_sample_leaves_out_what_is_over_its_95th_percentile(tmp_path: Path) -> None:

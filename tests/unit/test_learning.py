@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lemix_common.ids import Version
 from lemix_common.messages import Frame, LoadTraining, RunStep, StepCommitted, WriteShards
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.training import GradientReport, PlannedStep
@@ -36,6 +37,11 @@ class CountingState:
     """A training state that only counts, over two safepoints."""
 
     step: int = 4
+
+    @property
+    def version(self) -> Version:
+        """What it has come to."""
+        return Version(0, self.step)
 
     def drop_gradients(self) -> None:
         """There are none."""

@@ -138,3 +138,41 @@ def test_a_node_that_is_down_does_not_hold_a_publish_up() -> None:
     ]
     nobody = [node_of(0, 4, 4, ready=False), nodes[1]]
     assert list(snapshots(view_of(nobody, run, operations=[operation]))) == []
+
+
+def test_a_rollback_waits_for_the_draining_version() -> None:
+    """No stage holds more than two served versions and one to come; meanwhile nothing else is published."""
+    run = run_of(planned=9, committed=4, published=2, **CHECKPOINTED)
+    asked = operation_of("rollback", "requested")
+    assert list(snapshots(view_of(TWO, run, operations=[asked], draining="0.1", draining_in_flight=1))) == []
+    assert list(snapshots(view_of(TWO, run, operations=[asked]))) == [
+        AdvanceOperation("rollback-1", "requested")
+    ]
+
+
+def test_a_rollback_needs_no_writers() -> None:
+    """Nobody has to have the committed state: it is what is left."""
+    lost = [node_of(0, None, None)]
+    run = run_of(planned=9, committed=4, published=2, **CHECKPOINTED)
+    preparing = operation_of("rollback", "preparing", step=4, stages_prepared=2)
+    assert list(snapshots(view_of(lost, run, operations=[preparing]))) == [
+        AdvanceOperation("rollback-1", "preparing")
+    ]
+
+
+def test_a_version_that_was_held_back_is_not_judged_again() -> None:
+    """Only a later step makes another one."""
+    run = run_of(planned=4, committed=4, published=2, held_back=4, **CHECKPOINTED)
+    assert list(snapshots(view_of(TWO, run))) == []
+    run = run_of(planned=5, committed=5, published=2, held_back=4, checkpoint=4)
+    nodes = (node_of(0, 5, 5), node_of(1, 5, 5))
+    assert [type(command) for command in snapshots(view_of(nodes, run))] == [OpenSnapshot]
+
+
+@pytest.mark.parametrize(("items_left", "moves"), [(1, False), (0, True)])
+def test_a_version_is_judged_when_everything_is_scored(items_left: int, *, moves: bool) -> None:
+    """Then an operations worker decides."""
+    run = run_of(planned=4, committed=4, published=3, **CHECKPOINTED)
+    judging = operation_of("publish", "judging", writers=(0, 0), epochs=(1, 1), items_left=items_left)
+    commands = list(snapshots(view_of(TWO, run, operations=[judging])))
+    assert commands == ([AdvanceOperation("publish-1", "judging")] if moves else [])

@@ -64,6 +64,7 @@ def status(*, stages: int = 2, done: float = 10, blocked_s: float = 1.0, respons
         weights_version="0.4",
         versions={"served": "0.4", "draining": "0.3"},
         training={"planned": 6, "committed": 5, "published": 4, "checkpoint": 0},
+        training_refused="",
         totals={"done": done, "open": 2, "failed": 1, "blocked_s": blocked_s, "response_s": response_s},
         metrics={"worker-0": "http://127.0.0.1:1/metrics"},
     )
@@ -85,6 +86,13 @@ def test_a_frame_says_everything() -> None:
         *("0 ready", "epoch 7", f"1 {WORKER}", "75%", f"{WORKER}:7 2", "broken: because", "q or Ctrl-C"),
     ):
         assert part in text
+
+
+def test_training_that_stands_still_is_said() -> None:
+    """With the reason, which says what to do."""
+    refused: Status = {**status(), "training_refused": "weights-000 was changed: bring it back"}
+    assert "training stands still: weights-000 was changed: bring it back" in shown(*status_tables(refused))
+    assert "stands still" not in shown(*status_tables(status()))
 
 
 def test_rates_are_of_the_time_between() -> None:

@@ -136,6 +136,21 @@ def test_a_fresh_cluster_begins_at_the_model_folder() -> None:
     assert list(train(view)) == [LoadTraining(0, "", (0,), (1,), "no living stage has the committed state")]
 
 
+def test_nothing_begins_during_a_rollback() -> None:
+    """So that the step in the new version's name stays the last one."""
+    run = run_of(planned=6, committed=4, rolling_back="rollback-1")
+    assert list(train(view_of([node_of(0, 4, 4)], run))) == []
+    assert list(train(view_of([node_of(0, None, None)], run))) == []
+
+
+def test_a_checkpoint_that_was_refused_is_not_tried_again() -> None:
+    """Nodes that have the state go on without the others; where nobody has it, training stands still."""
+    run = run_of(planned=6, committed=4, checkpoint=4, refused="a file was changed")
+    assert list(train(view_of([node_of(0, None, None)], run))) == []
+    both = [node_of(0, 4, 4), node_of(1, None, 4)]
+    assert list(train(view_of(both, run))) == [StartStep(5, (0,), (1,), "next")]
+
+
 def test_a_node_lost_while_it_loads_is_not_waited_for() -> None:
     """It was told in an epoch that is over."""
     run = run_of(planned=6, committed=4, checkpoint=4, loading=[[0, 2]], checkpoint_directory="/c/0.4")

@@ -56,8 +56,36 @@ end
 Both are counted at an item's end: the waits of items that still run, against no response, would be a tax without bounds.
 """
 
+_COUNT_OUT = """
+local function count_out(version)
+  if redis.call('HINCRBY', K.versions_in_flight, version, -1) <= 0 then
+    redis.call('HDEL', K.versions_in_flight, version)
+  end
+end
+"""
+
+MOVE_TO_SERVED = (
+    _COUNT_OUT
+    + """
+local function move_to_served(item)
+  local version, known = unpack(redis.call('HMGET', K.item(item), 'weights_version', 'version_spans'))
+  local served = redis.call('HGET', K.versions, 'served')
+  if version == served then return served end
+  local have, spans = redis.call('LLEN', K.item_tokens(item)), known and cjson.decode(known) or {{0, version}}
+  if spans[#spans][1] == have then spans[#spans] = nil end -- it has given no token
+  spans[#spans + 1] = {have, served}
+  redis.call('HSET', K.item(item), 'weights_version', served, 'version_spans', cjson.encode(spans))
+  count_out(version)
+  redis.call('HINCRBY', K.versions_in_flight, served, 1)
+  return served
+end
+"""
+)
+"""Lua: let an item go on upon the served version (see `updates`); returns it."""
+
 _END = (
     REPLY
+    + _COUNT_OUT
     + """
 local function end_item(item, state, now, ...)
   local kind, version = unpack(redis.call('HMGET', K.item(item), 'kind', 'weights_version'))
@@ -68,9 +96,7 @@ local function end_item(item, state, now, ...)
   end
   redis.call('HINCRBY', K.totals, 'open', -1)
   if kind ~= 'train' then
-    if version and redis.call('HINCRBY', K.versions_in_flight, version, -1) <= 0 then
-      redis.call('HDEL', K.versions_in_flight, version)
-    end
+    if version then count_out(version) end
     local keep_s = math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600)
     redis.call('DEL', K.item_payload(item))
     redis.call('EXPIRE', K.item(item), keep_s)
@@ -108,6 +134,9 @@ end
 for name, value in pairs(fields) do redis.call('HSET', K.item(item), name, value) end
 for name, value in pairs(payload) do redis.call('HSET', K.item_payload(item), name, value) end
 redis.call('HSET', K.item(item), 'state', 'queued')
+if fields.kind == 'generate' and not fields.on_update then
+  redis.call('HSET', K.item(item), 'on_update', redis.call('HGET', K.settings, 'on_update') or 'finish')
+end
 redis.call('HINCRBY', K.totals, 'submitted', 1)
 redis.call('HINCRBY', K.totals, 'open', 1)
 if fields.kind == 'train' then
@@ -172,9 +201,10 @@ return {'ok'}
 _START = Lua(
     "start",
     _END
+    + MOVE_TO_SERVED
     + """
 local item, attempt, node, worker, now = unpack(ARGV)
-local at = redis.call('HMGET', K.item(item), 'state', 'attempt', 'node', 'weights_version', 'pinned_version')
+local at = redis.call('HMGET', K.item(item), 'state', 'attempt', 'node', 'weights_version', 'pinned_version', 'on_update')
 if at[2] ~= attempt or at[3] ~= node or (at[1] ~= 'dispatched' and at[1] ~= 'running') then return {'stale'} end
 if at[5] then
   local live = redis.call('HMGET', K.versions, 'served', 'draining', 'preparing')
@@ -187,6 +217,8 @@ if not at[4] then
   at[4] = at[5] or redis.call('HGET', K.versions, 'served')
   redis.call('HSET', K.item(item), 'weights_version', at[4])
   redis.call('HINCRBY', K.versions_in_flight, at[4], 1)
+elseif not at[5] and (at[6] == 'rebuild' or redis.call('HEXISTS', K.version(at[4]), 'cleared_at') == 1) then
+  move_to_served(item) -- it is computed from its beginning anyway
 end
 if at[1] == 'dispatched' then
   -- in a row: an item that got further since its last start is not what its stages were lost by
@@ -203,17 +235,18 @@ return {'ok', redis.call('HGETALL', K.item(item)), redis.call('HGETALL', K.item_
 """,
 )
 
-_CURRENT = """
+CURRENT = """
 local function is_current(item, attempt)
   local at = redis.call('HMGET', K.item(item), 'state', 'attempt')
   return at[1] == 'running' and at[2] == attempt
 end
 """
+"""Lua: whether an attempt at an item may still say something."""
 
 _APPEND = Lua(
     "append_tokens",
     REPLY
-    + _CURRENT
+    + CURRENT
     + """
 local item, attempt, position, tokens, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4]), ARGV[5]
 if not is_current(item, attempt) then return {'stale'} end
@@ -239,14 +272,15 @@ _COMPLETE = Lua(
     "complete",
     _END
     + TAX
-    + _CURRENT
+    + CURRENT
     + """
 local item, attempt, node, entry, result, now = unpack(ARGV)
 if not is_current(item, attempt) then close_entry(node, entry) return {'stale'} end
 end_item(item, 'done', now, 'result', result)
 local submitted, blocked_s = unpack(redis.call('HMGET', K.item(item), 'submitted_at', 'blocked_s'))
 if submitted then add_to_tax(blocked_s or '0', string.format('%.6f', now - submitted)) end
-reply(item, 'event', 'done', 'result', result, 'weights_version', redis.call('HGET', K.item(item), 'weights_version'))
+local version, spans = unpack(redis.call('HMGET', K.item(item), 'weights_version', 'version_spans'))
+reply(item, 'event', 'done', 'result', result, 'weights_version', version, 'version_spans', spans or '')
 close_entry(node, entry)
 return {'ok'}
 """,
@@ -255,7 +289,7 @@ return {'ok'}
 _FAIL = Lua(
     "fail",
     _END
-    + _CURRENT
+    + CURRENT
     + """
 local item, attempt, node, entry, reason, now = unpack(ARGV)
 if not is_current(item, attempt) then close_entry(node, entry) return {'stale'} end

@@ -18,6 +18,7 @@ from lemix.futures import Future
 from lemix.inbox import Inbox
 from lemix.items import DEFAULT_NEW_TOKENS, GenerateItem, Item, ScoreItem, Text, TrainItem
 from lemix.preparation import PreparedItem, prepare
+from lemix.reopening import until_open
 from lemix.replies import Reply
 from lemix.status import Status, read_status
 from lemix.token_stream import TokenStream
@@ -124,7 +125,8 @@ class Client:
     ) -> list[Future[Trained]]:
         """Queue examples in order: all are checked before the first is queued, a full queue is waited for.
 
-        An example whose rule is ``split`` gives a future for each of its parts.
+        So is a cluster that closes for a while, as long as a broker that is away. An example whose rule is ``split``
+        gives a future for each of its parts.
         """
         items = [example if isinstance(example, TrainItem) else TrainItem(*example) for example in examples]
         prepared = [part for item in items for part in prepare(item, self._connection.tokenization)]
@@ -209,9 +211,14 @@ class Client:
         waiting.is_foreign = known["client"] != self.name or known["state"] in ENDED
 
     def _submit_when_there_is_room(self, prepared: PreparedItem, deadline: float | None) -> WaitingItem:
+        patience_s = self._broker.patience_s
+        if deadline is not None:
+            patience_s = min(patience_s, deadline - time.monotonic())
         while True:
             try:
-                return self._submit(prepared)
+                return until_open(
+                    lambda: self._submit(prepared), clock=self._broker.clock, patience_s=patience_s
+                )
             except QueueFull as full:
                 if deadline is not None and time.monotonic() > deadline:
                     raise WaitTimeout(

@@ -89,6 +89,8 @@ class Status(TypedDict):
     weights_version: str
     versions: dict[str, str]
     training: dict[str, int]
+    training_refused: str
+    """Why training stands still: the newest checkpoint can't be loaded."""
     totals: dict[str, float]
     metrics: dict[str, str]
 
@@ -142,6 +144,7 @@ def read_status(broker: Broker) -> Status:
         training={
             name: int(run.get(name) or 0) for name in ("planned", "committed", "published", "checkpoint")
         },
+        training_refused=run.get("refused", ""),
         totals={name: float(value) for name, value in totals.items()},
         metrics=cluster.metrics(),
     )

@@ -63,7 +63,7 @@ class Lately:
 
 
 def summary(status: Status, lately: Lately | None = None) -> list[str]:
-    """A cluster in six lines."""
+    """A cluster in six lines, and one more where training can't go on."""
     totals, run, versions = status["totals"], status["training"], status["versions"]
     alive = sum(worker["heartbeat_age_s"] is not None for worker in status["workers"])
     other = [f", {versions[name]} is {name}" for name in ("preparing", "draining") if versions.get(name)]
@@ -78,6 +78,7 @@ def summary(status: Status, lately: Lately | None = None) -> list[str]:
         f"steps    {', '.join(f'{step} {name}' for name, step in run.items())}",
         f"items    {totals.get('done', 0):.0f} done{rate}, {', '.join(counts)}, {letters}",
         f"tax      {status['training_tax']:.1%} since the start{tax_now}",
+        *([f"training stands still: {refused}"] if (refused := status["training_refused"]) else []),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The weight versions of a cluster as a user sees them: which were published, which can be gone back to, and going back."""
+"""Weight versions as a user sees them: which were published, which can be gone back to, and going back."""
 
 from __future__ import annotations
 

@@ -103,7 +103,21 @@ class StageActivations:
         head = self.head_row * _HEAD_COPIES * min(HEAD_ROWS, num_tokens) + self.output_per_token * num_tokens
         if num_tokens > HEAD_ROWS:
             head += self.head_gradient  # a chunk's, before it is added to the others'
-        return self.head_gradient + (max(layer, head) if self.head_row else layer)
+        return max(layer, head) if self.head_row else layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingWay:
+    """How a stage trains, as far as its memory depends on it."""
+
+    held: int
+    """Microbatches held at a time: what `lemix_common.schedules.memory.held_by_stage` says of the stage."""
+    moments: int = 2
+    """The optimizer's tensors for each parameter: AdamW 2, SGD 0."""
+    weight_copies: int = 1
+    recompute: bool = False
+    splits: bool = False
+    """Backwards are in two halves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +132,7 @@ class StageMemory:
     """What microbatches add up."""
     shard_sums: int
     activations: int
-    """Of the microbatches held at a time."""
+    """Of the microbatches held at a time, and the head's gradients that wait for the end of theirs."""
     workspace: int
     """Of the one that is computed on."""
 
@@ -153,33 +167,27 @@ def predict_memory(
     stage: StageModel,
     activations: StageActivations,
     microbatches: Sequence[Sequence[int]],
-    *,
-    held: int,
-    moments: int = 2,
-    recompute: bool = False,
+    way: TrainingWay,
 ) -> StageMemory:
-    """The memory of training steps of these microbatches (each its examples' tokens), so many of them held at a time.
+    """The memory of training steps of these microbatches, each given by its examples' tokens.
 
-    `held` is what `lemix_common.schedules.memory.held_by_stage` says of the stage; where that is more than a step has,
-    the next step's are taken to be alike. `moments` are the optimizer's tensors for each parameter (AdamW 2, SGD 0).
-    Parameters that share storage (a tied head beside its embedding) have it and its moments once, and a gradient each.
+    Where more are held than a step has, the next step's are taken to be alike. Parameters that share storage (a tied
+    head beside its embedding) have it and its moments once, and a gradient each.
     """
     leaves = list(stage.leaves().values())
-    weights = stage.weight_bytes
-    master = torch.float32.itemsize
-    is_lower = leaves[0].dtype.itemsize < master
-    unique = weights // leaves[0].dtype.itemsize
+    element, master = leaves[0].dtype.itemsize, torch.float32.itemsize
+    num_weights = stage.weight_bytes // element
     gradients = sum(leaf.nbytes for leaf in leaves)
-    sizes = [activations.held(lengths, recompute=recompute) for lengths in microbatches]
-    largest = sorted(sizes * math.ceil(held / len(sizes)), reverse=True)[:held]
+    sizes = [activations.held(lengths, recompute=way.recompute) for lengths in microbatches]
+    largest = sorted(sizes * math.ceil(way.held / len(sizes)), reverse=True)[: way.held]
     return StageMemory(
-        weights=weights,
-        masters=unique * master if is_lower else 0,
-        moments=moments * unique * max(master, leaves[0].dtype.itemsize),
+        weights=stage.weight_bytes * way.weight_copies,
+        masters=num_weights * master if element < master else 0,
+        moments=way.moments * num_weights * max(master, element),
         gradients=gradients,
         shard_sums=gradients,
-        activations=sum(largest),
-        workspace=max(activations.at_work(lengths, recompute=recompute) for lengths in microbatches),
+        activations=sum(largest) + activations.head_gradient * (way.held if way.splits else 1),
+        workspace=max(activations.at_work(lengths, recompute=way.recompute) for lengths in microbatches),
     )
 
 

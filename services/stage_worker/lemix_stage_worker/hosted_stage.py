@@ -15,6 +15,7 @@ from lemix_stage_worker.model.stage import StageCut, StageModel, build_stage
 from lemix_stage_worker.sealed_weights import open_sealed
 from lemix_stage_worker.trained_weights import Weights
 from lemix_stage_worker.training_state import TrainingState, optimizer_name, optimizer_names
+from lemix_stage_worker.weight_probe import check_answers
 
 BASE_DIRECTORY = ""
 """What stands for the model folder where a version's directory is asked for."""
@@ -88,8 +89,19 @@ def build_template(source: ModelSource, stage: int, layers: tuple[range, ...]) -
 
 def load_version(source: ModelSource, template: StageModel, directory: str) -> StageModel:
     """A shell with the weights of a published version (or of the model folder)."""
+    if directory == BASE_DIRECTORY:
+        return stage_of(source, template, source.read(template.parameter_names()))
+    sealed = open_sealed(Path(directory))
+    shell = stage_of(source, template, sealed.read(template.parameter_names()))
+    check_answers(shell, sealed.manifest.probe, sealed.manifest.directory)
+    return shell
+
+
+def stage_of(source: ModelSource, template: StageModel, tensors: Mapping[str, Tensor]) -> StageModel:
+    """A shell that computes on these tensors (masters are rounded), and doesn't learn."""
     shell = template.shell()
-    shell.load(read_weights(source, template, directory), trainable=False)
+    names = template.parameter_names()
+    shell.load({name: tensors[name].to(source.dtype) for name in names}, trainable=False)
     return shell
 
 
@@ -98,12 +110,13 @@ def load_training(
 ) -> TrainingState:
     """A checkpoint's training state (or the model folder's weights and a fresh optimizer) as that of ``version``."""
     if directory == BASE_DIRECTORY:
-        base = _loaded(template, read_weights(source, template, directory))
+        base = _loaded(template, source.read(template.parameter_names()))
         return TrainingState(version.step, base, overlaps, lineage=version.lineage)
     weights = open_sealed(Path(directory))
     names = template.parameter_names()
     masters = weights.read(names)
     newest = _loaded(template, {name: tensor.to(source.dtype) for name, tensor in masters.items()})
+    check_answers(newest.model, weights.manifest.probe, weights.manifest.directory)
     others = weights.read([name for name in optimizer_names(template) if name in weights.specs])
     older = {name: others.pop(optimizer_name("older", name), None) for name in names}
     kept = {name: tensor for name, tensor in older.items() if tensor is not None}
@@ -131,11 +144,3 @@ def _loaded(template: StageModel, tensors: Mapping[str, Tensor], *, is_shared: b
     shell = template.shell()
     shell.load(tensors)
     return Weights(shell, is_shared)
-
-
-def read_weights(source: ModelSource, template: StageModel, directory: str) -> dict[str, Tensor]:
-    """This stage's tensors, and only they."""
-    names = template.parameter_names()
-    if directory == BASE_DIRECTORY:
-        return source.read(names)
-    return {name: t.to(source.dtype) for name, t in open_sealed(Path(directory)).read(names).items()}

@@ -6,7 +6,7 @@ runs only when the control stream says that the step is committed.
 Of each stage one piece of training work at a time waits for the compute loop. What it is follows from the schedule's
 order, not from what happens to arrive first. Two things may pass a piece that can't run yet, since neither needs more
 memory nor changes a number: gradients of weights, which nobody waits for, and a backward where the next forward waits
-for weights that only a commit makes.
+for weights that only a commit makes, or for memory.
 """
 
 from __future__ import annotations
@@ -107,6 +107,8 @@ class Learner:
     """The piece that the compute loop has."""
     _held: int = 0
     """Microbatches whose forward was taken up and whose last gradient wasn't."""
+    _reserved: dict[tuple[int, int], int] = field(default_factory=dict)
+    """(step, microbatch) to the bytes of activations that were predicted for it, from its forward to its end."""
 
     # ---- notices
     def run_step(self, notice: RunStep) -> None:
@@ -236,26 +238,44 @@ class Learner:
             self._running = piece
             self._held += piece.work is Work.FORWARD
             self._held -= piece.work in {Work.BACKWARD, Work.WEIGHT_GRADIENT}
+            if piece.work is Work.FORWARD:
+                self._reserved[piece.step, piece.microbatch] = self._predicted_bytes(piece)
             self._schedule_piece(piece, self.steps[piece.step])
 
     def _next(self) -> Piece | None:
         """The first piece of the order, or what may pass it while it can't run."""
         if not self._todo or self._can_run(self._todo[0]):
             return self._todo[0] if self._todo else None
-        waits_for_weights = self.steps[self._todo[0].step].weights is None
+        head = self._todo[0]
+        is_held_up = self.steps[head.step].weights is None or not self._has_room(head)
         passing = next(
             (
                 piece
                 for piece in self._todo
                 if piece.work is Work.WEIGHT_GRADIENT
-                or (waits_for_weights and piece.work is not Work.FORWARD)
+                or (is_held_up and piece.work is not Work.FORWARD)
             ),
             None,
         )
         return passing if passing is not None and self._can_run(passing) else None
 
     def _can_run(self, piece: Piece) -> bool:
-        return self.steps[piece.step].can_run(piece.work, piece.microbatch, is_last=self.host.is_last)
+        work = self.steps[piece.step]
+        return work.can_run(piece.work, piece.microbatch, is_last=self.host.is_last) and self._has_room(piece)
+
+    def _has_room(self, piece: Piece) -> bool:
+        """Whether what a forward will keep fits beside what is kept; one at a time always may."""
+        limit = self.settings.activation_bytes
+        if not limit or piece.work is not Work.FORWARD or not self._reserved:
+            return True
+        return sum(self._reserved.values()) + self._predicted_bytes(piece) <= limit
+
+    def _predicted_bytes(self, piece: Piece) -> int:
+        work = self.steps[piece.step]
+        row = work.rows.get(piece.microbatch)
+        if not self.settings.activation_bytes or row is None or work.weights is None:
+            return 0
+        return work.weights.activations.held(row.lengths, recompute=self.settings.recompute)
 
     def _schedule_piece(self, piece: Piece, work: StepWork) -> None:
         def run() -> Iterator[None]:
@@ -342,6 +362,7 @@ class Learner:
             return
         held = work.passes[microbatch]
         held.release()
+        del self._reserved[work.notice.step, microbatch]
         if held.head is not None:
             held.head.add_gradients()
         ended = work.end_microbatch(microbatch)
@@ -402,7 +423,7 @@ class Learner:
 
     def _forget(self) -> None:
         """Drop the attempt; a committed step's optimizer, if it hasn't run yet, has what it needs."""
-        self.steps, self._todo, self._running, self._held = {}, [], None, 0
+        self.steps, self._todo, self._running, self._held, self._reserved = {}, [], None, 0, {}
         if self.host.training is not None:
             self.host.training.drop_gradients()
 

@@ -28,7 +28,10 @@ class _Kept:
 
 @dataclass(eq=False)
 class Shelf:
-    """The tensors that one layer's graph saved: what the nodes of the graph hold are places on it."""
+    """The tensors that one layer's graph saved: what the nodes of the graph hold are places on it.
+
+    Autograd can't tell then that one of them was changed in place: nobody may, between forward and backward.
+    """
 
     _is_clearing: bool = False
     _taken: list[_Kept] = field(default_factory=list)

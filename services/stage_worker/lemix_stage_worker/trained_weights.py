@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from lemix_stage_worker.activation_memory import StageActivations, measure_activations
 from lemix_stage_worker.model.stage import StageModel
 
 HALF = frozenset({torch.bfloat16, torch.float16})
@@ -27,6 +29,11 @@ class Weights:
     def __post_init__(self) -> None:
         self.parts = self.model.parts()
         self.is_half = any(leaf.dtype in HALF for leaf in self.leaves().values())
+
+    @cached_property
+    def activations(self) -> StageActivations:
+        """What the stage keeps of microbatches, measured once by short probes."""
+        return measure_activations(self.model)
 
     def leaves(self) -> dict[str, nn.Parameter]:
         """The parameters by leaf name, in model order."""

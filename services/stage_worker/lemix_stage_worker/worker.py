@@ -51,7 +51,7 @@ from lemix_common.store.items import Call, Items, StartedItem
 from lemix_common.store.training import GradientReport, PlannedStep, Training
 from lemix_common.store.versions import Versions
 from lemix_stage_worker.background import Background
-from lemix_stage_worker.hosted_stage import HostedStage
+from lemix_stage_worker.hosted_stage import HostedStage, stage_of
 from lemix_stage_worker.hosting import Hosting, Position
 from lemix_stage_worker.inbox import (
     Arrival,
@@ -63,7 +63,7 @@ from lemix_stage_worker.inbox import (
     NoticeRead,
     PeerGone,
 )
-from lemix_stage_worker.learning import Learner
+from lemix_stage_worker.learning import TIED_HEAD, Learner
 from lemix_stage_worker.links import Links
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.ready_queue import CATEGORY, ReadyQueue, Step, Task
@@ -71,6 +71,7 @@ from lemix_stage_worker.reporter import Reporter, Span
 from lemix_stage_worker.serving import Serving
 from lemix_stage_worker.shard_files import write_shard
 from lemix_stage_worker.step_work import Example, microbatches_of
+from lemix_stage_worker.weight_probe import probe
 
 log = structlog.get_logger()
 
@@ -391,10 +392,15 @@ class Worker:
 
     def write_shard(self, host: HostedStage, request: WriteShards, tensors: Mapping[str, Tensor]) -> None:
         """Write a snapshot and report it."""
-        directory = Path(request.directory)
+        directory, weights = Path(request.directory), dict(tensors)
+        tied_to, state = host.template.tied_to, host.training
+        if request.optimizer and tied_to is not None and tied_to not in weights and state is not None:
+            weights[tied_to] = state.model.leaves()[TIED_HEAD].detach().clone()  # the first stage writes it
 
         def write() -> None:
             report = write_shard(directory, host.stage, tensors)
+            if request.optimizer:
+                report["probe"] = probe(stage_of(host.source, host.template, weights))
             self.versions.shard_written(request.operation, host.stage, request.directory, report)
 
         self.background.do(write)

@@ -12,6 +12,7 @@ import typer
 
 from lemix.cli.errors import clear_errors
 from lemix_common.errors import BadInput
+from lemix_common.logs import configure_logs
 
 _EXTRA_OF = {"lemix_studies": "studies", "lemix_benchmarks": "all"}
 
@@ -37,7 +38,8 @@ def build() -> typer.Typer:
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; stdout is for answers, so what is logged goes to stderr."""
+    configure_logs("client", level="warning")
     build()()
 
 

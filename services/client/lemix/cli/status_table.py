@@ -36,17 +36,7 @@ def item_table(item: str, fields: Mapping[str, str]) -> Table:
 
 def versions_table(versions: Sequence[Mapping[str, str]]) -> Table:
     """Versions, a line each, newest first."""
-    columns = [
-        "version",
-        "parent",
-        "step",
-        "examples",
-        "loss",
-        "sha256",
-        "published_at",
-        "verdict",
-        "checkpoint",
-    ]
+    columns = "version parent step examples loss sha256 published_at verdict checkpoint".split()
     if any(version.get("held_out_loss") for version in versions):
         columns.insert(-2, "held_out_loss")
     rows = [[_brief(name, version.get(name, _NONE)) for name in columns] for version in versions]
@@ -58,7 +48,7 @@ def _brief(name: str, value: str) -> str:
         return _moment(value)
     if name == "checkpoint":
         return "yes" if value else ""
-    if name == "loss" and value != _NONE:
+    if name.endswith("loss") and value not in {"", _NONE}:
         return f"{float(value):.4f}"
     return value[:12] if name == "sha256" else value
 

@@ -1,0 +1,69 @@
+"""Going back on the command line, with real processes: how long it takes, and which checkpoints are kept for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lemix import Client
+from lemix.data_dir import DataDir
+from lemix.running import running_cluster
+from lemix_common.clock import wait_until
+from lemix_common.settings import ClusterSettings
+from tiny_model import write_tiny_llama
+
+PATIENCE_S = 30.0
+SECONDS = 10.0
+"""Within which a small model is back, on a busy machine."""
+pytestmark = pytest.mark.timeout(120)  # importing torch takes a worker four seconds of a core
+
+
+def test_back_within_seconds(tmp_path: Path) -> None:
+    """`lemix versions` marks what can be gone back to, the newest two are kept, and `lemix rollback` goes there."""
+    settings = ClusterSettings(
+        model=str(write_tiny_llama(tmp_path / "tiny")), step_examples=2, checkpoint_every=1, keep_checkpoints=2
+    )
+    directory = DataDir(tmp_path / "data")
+    with running_cluster(settings, data_dir=directory.path) as url, Client(url) as client:
+        for step in range(1, 5):
+            client.train("the cat", "sat")
+            client.train("the dog", "ran")
+            assert client.flush(PATIENCE_S) == f"0.{step}"
+            wait_until(
+                lambda step=step: client.status()["training"]["checkpoint"] == step,  # type: ignore[misc]
+                what="it has a checkpoint",
+                timeout_s=PATIENCE_S,
+            )
+        listed = json.loads(lemix(directory, "versions", "--json").stdout)["versions"]
+        assert [v["version"] for v in listed if v["checkpoint"]] == ["0.4", "0.3"]
+        assert sorted(path.name for path in directory.checkpoints.iterdir()) == ["0.3", "0.4"]
+        assert "one of 0.0, 0.3, 0.4" in lemix(directory, "rollback", "0.1", status=2).stderr
+        back = json.loads(lemix(directory, "rollback", "0.3", "--json").stdout)
+        assert (back["version"], back["parent"]) == ("1.4", "0.3")
+        assert back["seconds"] < SECONDS
+        assert client.score("the cat", "sat", timeout=PATIENCE_S).weights_version == "1.4"
+        newest, *_ = json.loads(lemix(directory, "versions", "--json").stdout)["versions"]
+        assert (newest["version"], newest["parent"]) == ("1.4", "0.3")
+        assert newest["sha256"] == next(v["sha256"] for v in listed if v["version"] == "0.3")
+        assert "version 2.4 serves the weights of 0.0" in lemix(directory, "rollback", "0.0").stdout
+        assert "yes" in lemix(directory, "versions").stdout
+
+
+def lemix(directory: DataDir, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command in an environment that knows the data directory only."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LEMIX_")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "lemix", *arguments],
+        env=environment | {"LEMIX_DATA_DIR": str(directory.path), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == status, ended.stderr
+    return ended
