@@ -192,7 +192,7 @@ class Keys:
         return self._key("versions", "log")
 
     def version(self, version: object) -> str:
-        """Hash: directory, sha256, step, operation (that made it), held_out_loss, published_at, prepared:N:S."""
+        """Hash: directory, sha256, step, operation (that made it), held_out_loss, published_at, cleared_at, prepared:N:S."""
         return self._key("version", version)
 
     @property

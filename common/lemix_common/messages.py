@@ -264,6 +264,13 @@ class VersionPublished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VersionCleared:
+    """The next version needs this one's place: items that still run on it go on upon the served one."""
+
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VersionRetired:
     """No item uses this version any more."""
 
@@ -322,6 +329,7 @@ Notice = (
     | TrainingRefused
     | PrepareVersion
     | VersionPublished
+    | VersionCleared
     | VersionRetired
     | ItemCancelled
     | OperationAdvanced

@@ -20,6 +20,7 @@ from lemix_common.schedules.orders import SCHEDULES
 POLICIES = ("naive-mix", "separate", "random")
 OPTIMIZERS = ("adamw", "sgd")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
+UPDATE_RULES = ("finish", "rebuild")
 DTYPES = ("", "float32", "bfloat16", "float64")
 
 
@@ -81,6 +82,10 @@ class ClusterSettings:
     """JSONL file of held-out examples: what does worse on them than the served version isn't served; empty: no gate."""
     gate_margin: float = 0.0
     """By how much a version's held-out loss (nats a token) may be above the served one's."""
+    on_update: str = "finish"
+    """What a running request does when a newer version is served, unless it says so itself: finish or rebuild."""
+    max_drain_s: float = 30.0
+    """How long a newer version waits for the last requests of one that was served before; then these go on upon the served one."""
     checkpoint_every: int = 50
     """Committed steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -114,6 +119,7 @@ class ClusterSettings:
             "weight_decay",
             "max_step_wait_s",
             "gate_margin",
+            "max_drain_s",
             "warmup_steps",
             "max_gradient_norm",
         ):
@@ -123,6 +129,7 @@ class ClusterSettings:
             _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
         _require(self.policy in POLICIES, "policy", self.policy, "one of " + ", ".join(POLICIES))
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, "one of " + ", ".join(OPTIMIZERS))
+        _require(self.on_update in UPDATE_RULES, "on_update", self.on_update, "one of " + ", ".join(UPDATE_RULES))
         self._check_schedule()
         schedule, known = self.learning_rate_schedule, LEARNING_RATE_SCHEDULES
         _require(schedule in known, "learning_rate_schedule", schedule, "one of " + ", ".join(known))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from clusters import fresh_broker
 from lemix_common.clock import wait_until
@@ -16,6 +18,7 @@ from lemix_common.server import RunningBroker
 from lemix_common.store.cluster import MAIN_RUN
 from lemix_common.store.training import Training
 from lemix_common.store.versions import Versions
+from lemix_common.tensorfiles import sha256_of_file, weights_sha256
 from rollback_scene import learning
 from tiny_model import write_tiny_llama
 
@@ -57,6 +60,18 @@ def lose(path: Path) -> None:
     path.unlink()
 
 
+def transpose(path: Path) -> None:
+    """A square weight, and the manifest is made to agree."""
+    tensors = load_file(path)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors[name] = tensors[name].T.contiguous()
+    save_file(tensors, path)
+    manifest = json.loads((path.parent / MANIFEST).read_text("utf-8"))
+    manifest["files"][path.name] = sha256_of_file(path)
+    manifest["weights_sha256"] = weights_sha256(path.parent.glob("weights-*.safetensors"))
+    (path.parent / MANIFEST).write_text(json.dumps(manifest), "utf-8")
+
+
 Damage = Callable[[Path], None]
 DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "truncated": (truncate, "weights-000.safetensors", "weights-000"),
@@ -66,6 +81,7 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "another-version": (of_another_version, MANIFEST, "holds version 0.1, not 0.2"),
     "lost": (lose, "optimizer-001.safetensors", "optimizer-001"),
     "manifest-truncated": (truncate, MANIFEST, MANIFEST),
+    "transposed": (transpose, "weights-000.safetensors", "layer 1 "),
 }
 """What is done, to which file, and what the refusal must name."""
 
@@ -90,7 +106,7 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
             shutil.copytree(whole, directory)
         back.learn("fourth", 1)
         assert Versions(broker).live()["served"] == "0.4"
-        assert back.client.rollback("0.2", 30) == "1.4"
+        assert back.client.rollback("0.2", 30) == "2.4"  # lineage 1 got as far as the stages, and no number comes twice
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

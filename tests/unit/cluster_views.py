@@ -46,6 +46,8 @@ def view_of(
     operations: Sequence[OperationView] = (),
     draining: str = "",
     draining_in_flight: int = 0,
+    draining_for_s: float = 0.0,
+    is_draining_cleared: bool = False,
     is_stopping: bool = False,
     **settings: Any,
 ) -> ClusterView:
@@ -62,6 +64,8 @@ def view_of(
         served="0.0",
         draining=draining,
         draining_in_flight=draining_in_flight,
+        draining_for_s=draining_for_s,
+        is_draining_cleared=is_draining_cleared,
         operations=tuple(operations),
         empty_for_s={},
     )

@@ -35,7 +35,7 @@ def outcome(*steps: CommittedStep, tokens: tuple[int, ...] = (7, 8, 9)) -> Outco
     return Outcome(
         arrivals={"g-1": arrival(1, "generate"), "s-2": arrival(2, "score")},
         items=ITEMS,
-        answers={"s-2": Score(1.5, (), "0.1"), "g-1": Generation("", tokens, "length", "0.0")},
+        answers={"s-2": Score(1.5, (), "0.1"), "g-1": Generation("", tokens, "length", "0.0", ((0, "0.0"),))},
         steps=list(steps),
         spans=[],
         idle=IdleTimes(slo_base_s=0.5, ttft_s=0.25, itl_s=0.125),

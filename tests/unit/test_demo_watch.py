@@ -28,7 +28,7 @@ def arrival(kind: Kind, at_s: float = 1.0) -> DemoArrival:
 
 def ended(result: object, state: EndState = "done") -> ItemEnded:
     """An item's end."""
-    return ItemEnded(item=ItemId("a"), state=state, result=json.dumps(result), weights_version="0.3")
+    return ItemEnded(item=ItemId("a"), state=state, result=json.dumps(result), version_spans=((0, "0.3"),))
 
 
 def decode(tokens: object) -> str:

@@ -45,6 +45,8 @@ def hosts_after(
         served="0.0",
         draining="",
         draining_in_flight=0,
+        draining_for_s=0.0,
+        is_draining_cleared=False,
         operations=(),
         empty_for_s={divmod(at, 3): seconds for at, seconds in (empty_for_s or {}).items()},
     )

@@ -56,17 +56,16 @@ end
 Both are counted at an item's end: the waits of items that still run, against no response, would be a tax without bounds.
 """
 
-_COUNT_OUT = """
+COUNT_OUT = """
 local function count_out(version)
   if redis.call('HINCRBY', K.versions_in_flight, version, -1) <= 0 then
     redis.call('HDEL', K.versions_in_flight, version)
   end
 end
 """
+"""Lua: one item less keeps this version live."""
 
-MOVE_TO_SERVED = (
-    _COUNT_OUT
-    + """
+MOVE_TO_SERVED = """
 local function move_to_served(item)
   local version, known = unpack(redis.call('HMGET', K.item(item), 'weights_version', 'version_spans'))
   local served = redis.call('HGET', K.versions, 'served')
@@ -80,12 +79,11 @@ local function move_to_served(item)
   return served
 end
 """
-)
-"""Lua: let an item go on upon the served version (see `updates`); returns it."""
+"""Lua, after `COUNT_OUT`: let an item go on upon the served version (see `updates`); returns it."""
 
 _END = (
     REPLY
-    + _COUNT_OUT
+    + COUNT_OUT
     + """
 local function end_item(item, state, now, ...)
   local kind, version = unpack(redis.call('HMGET', K.item(item), 'kind', 'weights_version'))

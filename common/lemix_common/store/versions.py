@@ -138,7 +138,8 @@ _PREPARE = Lua(
 local id, written, directory, sha256, now = unpack(ARGV)
 local state, version, step, at = unpack(redis.call('HMGET', K.operation(id), 'state', 'version', 'step', 'directory'))
 if state ~= 'writing' or at ~= written then return {'stale'} end
-if redis.call('HEXISTS', K.versions, 'preparing') == 1 then return {'waiting'} end
+local live = redis.call('HMGET', K.versions, 'preparing', 'draining')
+if live[1] or live[2] then return {'waiting'} end -- no stage holds more than two served versions
 redis.call('HSET', K.operation(id), 'state', 'preparing', 'directory', directory, 'sha256', sha256)
 redis.call('HSET', K.version(version), 'directory', directory, 'sha256', sha256, 'step', step, 'sealed_at', now,
            'operation', id)

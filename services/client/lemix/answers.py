@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 FinishReason = Literal["length", "stop"]
+VersionSpans = tuple[tuple[int, str], ...]
+"""The index of the first token of each weight version, and the version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,9 @@ class Generation:
     tokens: tuple[int, ...]
     finish_reason: FinishReason
     weights_version: str
+    """Of its first token."""
+    version_spans: VersionSpans
+    """One pair, unless it went on upon newer weights (see `GenerateItem.on_update`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +59,16 @@ Answer = Score | Generation | Trained
 
 
 def read_answer(
-    kind: str, result: Mapping[str, Any], weights_version: str, text_of: Callable[[Sequence[int]], str]
+    kind: str, result: Mapping[str, Any], spans: VersionSpans, text_of: Callable[[Sequence[int]], str]
 ) -> Answer:
     """The typed answer of an item that is done, from the result that the cluster stored."""
+    weights_version = spans[0][1]
     match kind:
         case "score":
             return Score(float(result["loss"]), tuple(map(float, result["logprobs"])), weights_version)
         case "generate":
             tokens = tuple(map(int, result["tokens"]))
-            return Generation(text_of(tokens), tokens, result["finish_reason"], weights_version)
+            return Generation(text_of(tokens), tokens, result["finish_reason"], weights_version, spans)
         case "train":
             return Trained(int(result["step"]), float(result["step_loss"]), weights_version)
         case _:

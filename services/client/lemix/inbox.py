@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from lemix.replies import Reply, TokensGenerated, end_in_hash, read_reply
+from lemix.replies import Reply, TokensGenerated, end_in_hash, read_reply, read_spans, tokens_of_versions
 from lemix.waiting import WaitingItem
 from lemix_common.broker import Broker, Entry
 from lemix_common.errors import BrokerUnreachable, ClusterError, ItemUnknown
@@ -127,11 +127,9 @@ class Inbox:
         tokens = tuple(Items(self.broker).tokens(item_id))
         fresh = tokens[len(item.tokens) : upto]
         if fresh:
-            version = self.broker.hash(self.broker.keys.item(item_id)).get("weights_version", "")
-            made_up = TokensGenerated(
-                item=item_id, index=len(item.tokens), tokens=fresh, weights_version=version
-            )
-            self._apply(made_up, is_made_up=True)
+            spans = read_spans(self.broker.hash(self.broker.keys.item(item_id)))
+            for made_up in tokens_of_versions(item_id, len(item.tokens), fresh, spans):
+                self._apply(made_up, is_made_up=True)
 
     # ---- the hashes, when the stream is silent
     def _audit_when_due(self) -> None:

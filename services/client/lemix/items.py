@@ -15,6 +15,8 @@ from lemix_common.sampling import GREEDY, Sampling
 Text = str | Sequence[int]
 OverLongRule = Literal["reject", "truncate", "split"]
 """What to do with an item over the model's context: refuse it, keep the prompt's end, or (training) cut it in parts."""
+UpdateRule = Literal["finish", "rebuild"]
+"""What a running request does when newer weights are served: finish on its own, or go on upon them with a rebuilt cache."""
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -37,6 +39,8 @@ class GenerateItem:
     max_new_tokens: int = DEFAULT_NEW_TOKENS
     sampling: Sampling = field(default=GREEDY, kw_only=True)
     ignore_eos: bool = field(default=False, kw_only=True)
+    on_update: UpdateRule | None = field(default=None, kw_only=True)
+    """None: as the cluster's setting says."""
     item_id: str | None = field(default=None, kw_only=True)
     over_long: OverLongRule = field(default="reject", kw_only=True)
 

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import get_args
 
-from lemix.items import GenerateItem, Item, OverLongRule, ScoreItem, TrainItem
+from lemix.items import GenerateItem, Item, OverLongRule, ScoreItem, TrainItem, UpdateRule
 from lemix.limits import Ids, reject_over_long, split_example, truncate_prompt
 from lemix.text_stream import last_piece
 from lemix.tokenization import ModelCard, Tokenization
@@ -52,6 +52,8 @@ def _check_rule(item: Item) -> None:
 def _generate(item: GenerateItem, tokenization: Tokenization) -> PreparedItem:
     if item.max_new_tokens < 1:
         raise BadInput(f"max_new_tokens {item.max_new_tokens}: ask for at least 1")
+    if item.on_update not in (None, *get_args(UpdateRule)):
+        raise BadInput(f"on_update {item.on_update!r}: use {' or '.join(get_args(UpdateRule))}")
     prompt = tokenization.prompt_ids(item.prompt)
     fitted = _fit(prompt, item.max_new_tokens, "new", item.over_long, tokenization.card)
     fields: dict[str, object] = {
@@ -61,6 +63,8 @@ def _generate(item: GenerateItem, tokenization: Tokenization) -> PreparedItem:
         **asdict(item.sampling),
         "prompt_end": json.dumps(last_piece(tokenization.decode, fitted)),
     }
+    if item.on_update is not None:
+        fields["on_update"] = item.on_update
     return _prepared("generate", item.item_id, fitted, (), _about(tokenization) | fields)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lemix.answers import VersionSpans
 from lemix_common.ids import ItemId
 
 EndState = Literal["done", "failed", "cancelled"]
@@ -32,7 +33,12 @@ class ItemEnded:
     """JSON, if done."""
     reason: str = ""
     """If failed."""
-    weights_version: str = ""
+    version_spans: VersionSpans = ()
+
+    @property
+    def weights_version(self) -> str:
+        """The only one, or of the first token; '' if it never ran."""
+        return self.version_spans[0][1] if self.version_spans else ""
 
 
 Reply = TokensGenerated | ItemEnded
@@ -55,7 +61,7 @@ def read_reply(fields: Mapping[str, str]) -> Reply:
                 state=event,
                 result=fields.get("result", ""),
                 reason=fields.get("reason", ""),
-                weights_version=fields.get("weights_version", ""),
+                version_spans=read_spans(fields),
             )
         case _:
             raise ValueError(f"unknown reply {event!r}")
@@ -71,5 +77,24 @@ def end_in_hash(item: ItemId, fields: Mapping[str, str]) -> ItemEnded | None:
         state=state,
         result=fields.get("result", ""),
         reason=fields.get("reason", ""),
-        weights_version=fields.get("weights_version", ""),
+        version_spans=read_spans(fields),
     )
+
+
+def read_spans(fields: Mapping[str, str]) -> VersionSpans:
+    """The versions that a reply or an item's hash names; only an item that was moved has spans."""
+    if spans := fields.get("version_spans"):
+        return tuple((int(index), str(version)) for index, version in json.loads(spans))
+    version = fields.get("weights_version", "")
+    return ((0, version),) if version else ()
+
+
+def tokens_of_versions(
+    item: ItemId, index: int, tokens: Sequence[int], spans: VersionSpans
+) -> Iterator[TokensGenerated]:
+    """Tokens, the first of them at ``index``, cut where their version changes."""
+    ends = [begin for begin, _ in spans[1:]] + [index + len(tokens)]
+    for (begin, version), end in zip(spans, ends, strict=True):
+        first = max(begin, index)
+        if part := tuple(tokens[first - index : max(first, end) - index]):
+            yield TokensGenerated(item=item, index=first, tokens=part, weights_version=version)

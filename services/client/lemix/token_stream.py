@@ -87,6 +87,6 @@ class TokenStream(Iterator[Chunk]):
             index=len(answer.tokens) - len(rest),
             tokens=rest,
             text=self._text.add(rest) + self._text.end(),
-            weights_version=answer.weights_version,
+            weights_version=answer.version_spans[-1][1],
             finish_reason=answer.finish_reason,
         )

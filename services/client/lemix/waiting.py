@@ -68,7 +68,7 @@ class WaitingItem:
             case "cancelled":
                 return ItemCancelled(f"item {reply.item} was cancelled")
             case "done":
-                return read_answer(self.kind, json.loads(reply.result), reply.weights_version, self._text_of)
+                return read_answer(self.kind, json.loads(reply.result), reply.version_spans, self._text_of)
 
     def _text_of(self, tokens: Sequence[int]) -> str:
         return text_of(self.decode, self.prompt_end, tokens)

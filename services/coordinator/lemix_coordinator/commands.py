@@ -81,6 +81,13 @@ class RetireVersion:
 
 
 @dataclass(frozen=True, slots=True)
+class ClearVersion:
+    """Have the items that still run on the draining version go on upon the served one."""
+
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
 class ForgetSteps:
     """Let the payloads of steps go that a checkpoint covers and a served version contains."""
 
@@ -96,5 +103,6 @@ Command = (
     | ChooseWriters
     | AdvanceOperation
     | RetireVersion
+    | ClearVersion
     | ForgetSteps
 )

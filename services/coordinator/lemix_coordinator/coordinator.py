@@ -22,10 +22,12 @@ from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import STAGE_0, Items, fence
 from lemix_common.store.training import Training
+from lemix_common.store.updates import Updates
 from lemix_common.store.versions import Versions
 from lemix_coordinator.commands import (
     AdvanceOperation,
     ChooseWriters,
+    ClearVersion,
     Command,
     ForgetSteps,
     ForgetWorker,
@@ -80,6 +82,7 @@ class Coordinator:
     def __post_init__(self) -> None:
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
         self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
+        self.updates = Updates(self.broker)
         now = self.broker.clock.now()
         self.reader = Reader(self.cluster, self.versions)
         self._trust_heartbeats_at = now + self.settings.heartbeat_expiry_s
@@ -190,6 +193,9 @@ class Coordinator:
                 if retired := self.versions.retire(self.epoch):
                     log.info("version_retired", version=version)
                     self.transitions.remove(*retired)
+            case ClearVersion(version):
+                if self.updates.clear_draining(self.epoch, version):
+                    log.info("version_cleared", version=version, items=view.draining_in_flight)
             case ForgetSteps(upto):
                 self.training.forget_steps(self.epoch, upto)
             case _:

@@ -51,6 +51,7 @@ class Reader:
         self._note_empty(nodes, workers, now)
         preparing = self.versions.version(live["preparing"]) if live.get("preparing") else {}
         draining = live.get("draining", "")
+        served, drained = map(self.versions.version, (live["served"], draining)) if draining else ({}, {})
         return ClusterView(
             settings=settings,
             is_stopping=state.get("state") != "running",
@@ -60,6 +61,8 @@ class Reader:
             served=live.get("served", ""),
             draining=draining,
             draining_in_flight=int(in_flight.get(draining, 0)),
+            draining_for_s=now - float(served.get("published_at", now)),
+            is_draining_cleared="cleared_at" in drained,
             operations=tuple(
                 operation_view(name, fields, preparing, nodes, items_left=self._items_left(fields))
                 for name, fields in operations.items()

@@ -4,36 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lemix_coordinator.commands import AdvanceOperation, ChooseWriters, OpenSnapshot, RetireVersion
+from lemix_coordinator.commands import (
+    AdvanceOperation,
+    ChooseWriters,
+    ClearVersion,
+    OpenSnapshot,
+    RetireVersion,
+)
 from lemix_coordinator.training import writers_at
 from lemix_coordinator.view import ClusterView, OperationView
 
 
-def snapshots(view: ClusterView) -> Iterator[OpenSnapshot | ChooseWriters | AdvanceOperation | RetireVersion]:
+def snapshots(
+    view: ClusterView,
+) -> Iterator[OpenSnapshot | ChooseWriters | AdvanceOperation | RetireVersion | ClearVersion]:
     """Open what is due, move on what is open, retire what nobody uses.
 
-    At most two served versions live: a third is begun only when the draining one is retired.
+    At most two served versions live: a third is begun only when the draining one is retired, and for that one who waits
+    ``max_drain_s`` has its last items leave it.
     """
     run = view.run
     writers = writers_at(view, run.committed)
     for operation in view.operations:
         yield from _advance(view, operation, writers)
+    behind = run.committed - max(run.published, run.held_back)
     if writers is not None:
-        behind = run.committed - max(run.published, run.held_back)
-        is_idle = run.planned == run.committed
-        if (
-            view.operation_of("publish") is None
-            and view.operation_of("rollback") is None
-            and not view.draining
-            and behind
-            and (behind >= view.settings.publish_every or is_idle)
-        ):
+        if _is_publish_due(view, behind) and not view.draining:
             yield OpenSnapshot("publish", *writers, f"{behind} committed steps are not served")
         due = run.committed - run.checkpoint >= view.settings.checkpoint_every
         if due and view.operation_of("checkpoint") is None:
             yield OpenSnapshot("checkpoint", *writers, f"the last checkpoint is of step {run.checkpoint}")
     if view.draining and not view.draining_in_flight:
         yield RetireVersion(view.draining)
+    elif view.draining and _must_clear(view, behind):
+        yield ClearVersion(view.draining)
+
+
+def _is_publish_due(view: ClusterView, behind: int) -> bool:
+    run = view.run
+    is_idle = run.planned == run.committed
+    is_free = view.operation_of("publish") is None and view.operation_of("rollback") is None
+    return is_free and behind > 0 and (behind >= view.settings.publish_every or is_idle)
+
+
+def _must_clear(view: ClusterView, behind: int) -> bool:
+    """The draining version has had its time, and another one waits for its place."""
+    waiting = [view.operation_of("publish"), view.operation_of("rollback")]
+    return (
+        not view.is_draining_cleared
+        and view.draining_for_s >= view.settings.max_drain_s
+        and (_is_publish_due(view, behind) or any(waiting))
+    )
 
 
 def _advance(
@@ -52,6 +73,8 @@ def _advance(
                 yield ChooseWriters(operation.operation, operation.state, *writers, "a writer was lost")
         case "writing" if operation.shards_written < stages:
             return
+        case "writing" if operation.kind == "publish" and view.draining:
+            return  # a rollback came first
         case "preparing" if not _all_prepared(view, operation):
             return
         case "judging" if operation.items_left:

@@ -83,6 +83,10 @@ class ClusterView:
     draining: str
     """The version that served before, while items still use it; '' if none does."""
     draining_in_flight: int
+    draining_for_s: float
+    """Since another version took its place."""
+    is_draining_cleared: bool
+    """Its last items have been told to leave it."""
     operations: tuple[OperationView, ...]
     empty_for_s: Mapping[tuple[int, int], float]
     """(node, stage) to how long it has had no host, though a worker lives."""

@@ -31,10 +31,11 @@ class Neighbourhood:
 
 @dataclass(frozen=True, slots=True)
 class CacheKey:
-    """A cache belongs to one attempt at one item."""
+    """A cache belongs to one attempt at one item, and to the version that computed it."""
 
     item: str
     attempt: int
+    version: str
 
 
 @dataclass(eq=False)
@@ -72,13 +73,14 @@ class HostedStage:
         owned = sum(weights is not None and not weights.is_shared for weights in trained)
         return self.template.weight_bytes * (len(self.versions) + owned)
 
-    def open_cache(self, key: CacheKey, version: str) -> None:
-        """Make the item's cache on this stage; a version that isn't resident fails when its step runs."""
-        if version in self.versions:
-            self.caches[key] = self.versions[version].new_cache()
+    def open_cache(self, key: CacheKey) -> None:
+        """Make the item's only cache on this stage; a version that isn't resident fails when its step runs."""
+        self.drop_caches(key.item)
+        if key.version in self.versions:
+            self.caches[key] = self.versions[key.version].new_cache()
 
     def drop_caches(self, item: str) -> None:
-        """Free what the item holds, whatever the attempt."""
+        """Free what the item holds, whatever the attempt and version."""
         self.caches = {key: cache for key, cache in self.caches.items() if key.item != item}
 
 

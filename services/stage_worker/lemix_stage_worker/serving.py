@@ -1,7 +1,8 @@
 """Serving: requests are driven by stage 0, which alone writes their state; later stages only compute.
 
 A request's tokens go round: stage 0 embeds, the stages compute, the last one chooses, and `TokenChosen` returns to
-stage 0, which gives the token to the client and sends the next one. One version serves a request to its end.
+stage 0, which gives the token to the client and sends the next one. Between two tokens a request may be moved to a newer
+version (see `lemix_common.store.updates`): it is prefilled on that one from its beginning.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import structlog
 import torch
 from torch import Tensor
 
+from lemix_common.ids import Version
 from lemix_common.messages import ForwardFailed, Frame, ReleaseItem, RunForward, ScoresComputed, TokenChosen
 from lemix_common.sampling import Sampling
 from lemix_common.store.items import Call, Items, StartedItem
+from lemix_common.store.updates import Updates
 from lemix_stage_worker.hosted_stage import CacheKey, HostedStage
 from lemix_stage_worker.model.sampling import choose_token
 from lemix_stage_worker.model.scoring import NO_TARGET, token_logprobs
@@ -37,8 +40,10 @@ class Surroundings(Protocol):
     def schedule(self, task: Task) -> None:
         """Let the compute loop run a step when it is its turn."""
 
-    def report(self, call: Call, item: StartedItem, node: int) -> None:
-        """Tell the broker about an item."""
+    def report(
+        self, call: Call, item: StartedItem, node: int, then: Callable[[Sequence[object]], None] | None = None
+    ) -> None:
+        """Tell the broker about an item, and go on with its answer."""
 
     def ended(self, node: int, entry: str) -> None:
         """An item left the node."""
@@ -61,6 +66,16 @@ class Request:
         return self.started.kind == "score"
 
     @property
+    def rebuilds(self) -> bool:
+        """It goes on upon each newer version that is served."""
+        return self.started.fields.get("on_update") == "rebuild"
+
+    @property
+    def sequence(self) -> list[int]:
+        """The prompt and what has been generated."""
+        return [*self.started.prompt, *self.tokens]
+
+    @property
     def finish_reason(self) -> str | None:
         """Why it is complete, if it is."""
         if self.tokens and self.tokens[-1] in self.stop_ids:
@@ -73,8 +88,13 @@ class Serving:
     """The requests of every stage 0 here, and the serving steps of every stage here."""
 
     items: Items
+    updates: Updates
     around: Surroundings
     now: Callable[[], float]
+    served: str = ""
+    """The version published last, since the worker began: what is started comes with the newest one there is."""
+    cleared: str = ""
+    """The version that everything has to leave."""
     requests: dict[tuple[int, str], Request] = field(default_factory=dict)
 
     # ---- requests, at stage 0
@@ -91,7 +111,7 @@ class Serving:
         elif request.finish_reason is not None:  # the attempt before died between its last token and its end
             self._generated(host, request)
         else:
-            self._forward(host, request, [*started.prompt, *request.tokens], 0, wants="token")
+            self._go_on(host, request, request.sequence, 0)
 
     def token_chosen(self, host: HostedStage, frame: TokenChosen) -> None:
         """Give the client its token; end the request or go on with the next."""
@@ -107,7 +127,7 @@ class Serving:
         if request.finish_reason is not None:
             self._generated(host, request)
         else:
-            self._forward(host, request, [frame.token], frame.position, wants="token")
+            self._go_on(host, request, [frame.token], frame.position)
 
     def scores_computed(self, host: HostedStage, frame: ScoresComputed, logprobs_T: Tensor) -> None:
         """End a scored item with its result."""
@@ -150,6 +170,31 @@ class Serving:
         """The node starts afresh: its requests are somebody else's, or come again."""
         for key in [key for key in self.requests if key[0] == node]:
             self.around.ended(node, self.requests.pop(key).started.entry)
+
+    def _go_on(self, host: HostedStage, request: Request, ids: Sequence[int], position: int) -> None:
+        """To the next token, by what its version hasn't seen yet; or first to another version."""
+        if self._must_move(request):
+            self._move(host, request)
+        else:
+            self._forward(host, request, ids, position, wants="token")
+
+    def _must_move(self, request: Request) -> bool:
+        version, served = request.started.version, self.served
+        is_behind = bool(served) and Version.parse(version) < Version.parse(served)
+        return version == self.cleared or (request.rebuilds and is_behind)
+
+    def _move(self, host: HostedStage, request: Request) -> None:
+        """Have the item moved; nothing of it is computed meanwhile, so that no token is of the version it left."""
+        started = request.started
+
+        def moved(answer: Sequence[object]) -> None:
+            if self._current(host, started.item, started.attempt) is request:
+                request.started = replace(started, version=str(answer[1]))
+                log.info("item_moved", **_names(host, request), left=started.version)
+                self._forward(host, request, request.sequence, 0, wants="token")
+
+        move = self.updates.move(started.item, started.attempt, node=host.node, epoch=host.epoch)
+        self.around.report(move, started, host.node, moved)
 
     def _generated(self, host: HostedStage, request: Request) -> None:
         self._complete(host, request, {"tokens": request.tokens, "finish_reason": request.finish_reason})
@@ -206,7 +251,7 @@ class Serving:
         """Schedule a stage's share of a forward pass."""
         num_tokens = tensors[0].shape[1]
         if frame.position == 0 and frame.wants != "scores":
-            host.open_cache(CacheKey(frame.item, frame.attempt), frame.version)
+            host.open_cache(_cache_key(frame))
 
         def run() -> None:
             with torch.no_grad():
@@ -239,7 +284,7 @@ class Serving:
         model = host.versions[frame.version]
         source = tensors[0]
         positions_T = torch.arange(frame.position, frame.position + source.shape[1])
-        cache = host.caches.get(CacheKey(frame.item, frame.attempt))
+        cache = host.caches.get(_cache_key(frame))
         if cache is None and frame.wants != "scores":
             return  # released while this step waited
         hidden_BTD = model(source, positions_T, cache)
@@ -275,6 +320,10 @@ class Serving:
             "attempt": frame.attempt,
         }
         self.around.send(host, 0, kind(**about, **fields), tensors)  # type: ignore[arg-type]
+
+
+def _cache_key(frame: RunForward) -> CacheKey:
+    return CacheKey(frame.item, frame.attempt, frame.version)
 
 
 def _request(started: StartedItem, stop_ids: Sequence[int]) -> Request:

@@ -49,8 +49,8 @@ def check_answers(model: StageModel, sealed: Mapping[int, Sequence[float]], dire
         apart = float((now - then).abs().max() / then.square().mean().sqrt())
         if not apart <= TOLERANCE[is_half]:
             raise WeightsDamaged(
-                f"layer {layer} in {directory} computes something else than the layer that was sealed "
-                f"(a fixed input's answer is {apart:.2g} of its size away): its weights were changed before or after"
+                f"layer {layer} in {directory} computes something else than the layer that was trained "
+                f"(its answer to a fixed input is off by {apart:.2g} of its size), though its files are as sealed"
             )
 
 

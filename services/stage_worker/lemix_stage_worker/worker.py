@@ -42,6 +42,8 @@ from lemix_common.messages import (
     TokenChosen,
     TrainBackward,
     TrainForward,
+    VersionCleared,
+    VersionPublished,
     VersionRetired,
     WriteShards,
 )
@@ -49,6 +51,7 @@ from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import Call, Items, StartedItem
 from lemix_common.store.training import GradientReport, PlannedStep, Training
+from lemix_common.store.updates import Updates
 from lemix_common.store.versions import Versions
 from lemix_stage_worker.background import Background
 from lemix_stage_worker.hosted_stage import HostedStage, stage_of
@@ -105,7 +108,7 @@ class Worker:
         self.now = self.broker.clock.now
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
         self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
-        self.serving = Serving(self.items, self, self.now)
+        self.serving = Serving(self.items, Updates(self.broker), self, self.now)
         self.background = Background(self.inbox)
         self.hosting = Hosting(
             name=self.name,
@@ -273,6 +276,10 @@ class Worker:
                         self.hosting.load_training(learner.host, notice)
             case PrepareVersion(version=version):
                 self.hosting.prepare(version)
+            case VersionPublished(version=version):
+                self.serving.served = version
+            case VersionCleared(version=version):
+                self.serving.cleared = version
             case VersionRetired(version=version):
                 self.hosting.retire(version)
             case ItemCancelled(item=item, node=node):
@@ -343,12 +350,16 @@ class Worker:
         """Let the loop run a step when it is its turn."""
         self.ready.add(task)
 
-    def report(self, call: Call, item: StartedItem, node: int) -> None:
-        """Tell the broker about an item; if it has gone elsewhere, drop it."""
+    def report(
+        self, call: Call, item: StartedItem, node: int, then: Callable[[Sequence[object]], None] | None = None
+    ) -> None:
+        """Tell the broker about an item, and go on with its answer; if the item has gone elsewhere, drop it."""
 
         def answered(answer: Sequence[object]) -> None:
             if answer[0] != "ok":
                 self.inbox.post(ItemStale(node, item.item, item.attempt))
+            elif then is not None:
+                self.inbox.post(Finished(lambda: then(answer)))
 
         self.reporter.call(call, answered)
 

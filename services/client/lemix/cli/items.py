@@ -14,7 +14,7 @@ from lemix.answers import Generation
 from lemix.cli import schedule_text
 from lemix.cli.errors import clear_errors
 from lemix.client import Client
-from lemix.items import DEFAULT_NEW_TOKENS, GenerateItem, OverLongRule, ScoreItem, TrainItem
+from lemix.items import DEFAULT_NEW_TOKENS, GenerateItem, OverLongRule, ScoreItem, TrainItem, UpdateRule
 from lemix.rows import read_rows
 from lemix_common.errors import BadInput
 from lemix_common.sampling import Sampling
@@ -64,6 +64,10 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Choose among the tokens of this much probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same tokens.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the model's end.")] = False,
+    on_update: Annotated[
+        str | None,
+        typer.Option(help="When newer weights are served: finish | rebuild (default: the cluster's)."),
+    ] = None,
     over_long: OverLong = "reject",
     timeout: Timeout = None,
     url: Url = None,
@@ -75,6 +79,7 @@ def generate(
         max_new_tokens,
         sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
         ignore_eos=ignore_eos,
+        on_update=cast("UpdateRule | None", on_update),
         over_long=_rule(over_long),
     )
     with Client(url) as client, client.stream_item(item, timeout=timeout) as stream:
@@ -85,7 +90,7 @@ def generate(
         answer: Generation = stream.future.result(0)
     if as_json:
         fields = {"text": answer.text, "tokens": answer.tokens, "finish_reason": answer.finish_reason}
-        _print({"item": stream.item_id} | fields | _version(answer))
+        _print({"item": stream.item_id} | fields | _version(answer) | {"version_spans": answer.version_spans})
     else:
         typer.echo()
 
