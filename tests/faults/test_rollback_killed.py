@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clusters import COORDINATOR, InProcessCluster, fresh_broker
+from clusters import COORDINATOR, fresh_broker
 from lemix_common.clock import wait_until
 from lemix_common.ids import Version
 from lemix_common.server import RunningBroker
@@ -14,7 +14,7 @@ from lemix_common.store.cluster import MAIN_RUN
 from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.versions import Versions
 from mortality import KillPoint
-from rollback_scene import learning
+from rollback_scene import arm, learning
 
 QUICK = {
     KillPoint("begin_rollback", "after"),
@@ -69,10 +69,3 @@ def test_a_kill_during_a_rollback_changes_nothing(
         assert back.served_sha256() == back.cluster.fingerprint(0) == undisturbed
         totals = broker.hash(broker.keys.totals)
         assert (totals["done"], totals["open"]) == ("10", "0")
-
-
-def arm(cluster: InProcessCluster, who: str, point: KillPoint) -> None:
-    """Have it die at its next such call."""
-    hosted = cluster.coordinators[-1] if who == COORDINATOR else cluster.workers[who]
-    hosted.broker._calls.clear()
-    hosted.broker.kill_point = point

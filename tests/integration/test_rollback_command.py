@@ -13,14 +13,17 @@ import pytest
 from lemix import Client
 from lemix.data_dir import DataDir
 from lemix.running import running_cluster
+from lemix.weight_files import weight_files
 from lemix_common.clock import wait_until
+from lemix_common.errors import ClusterError
 from lemix_common.settings import ClusterSettings
+from lemix_common.tensorfiles import weights_sha256
 from tiny_model import write_tiny_llama
 
 PATIENCE_S = 30.0
 SECONDS = 10.0
 """Within which a small model is back, on a busy machine."""
-pytestmark = pytest.mark.timeout(120)  # importing torch takes a worker four seconds of a core
+pytestmark = pytest.mark.timeout(180)  # importing torch takes a worker four seconds of a core
 
 
 def test_back_within_seconds(tmp_path: Path) -> None:
@@ -50,8 +53,21 @@ def test_back_within_seconds(tmp_path: Path) -> None:
         newest, *_ = json.loads(lemix(directory, "versions", "--json").stdout)["versions"]
         assert (newest["version"], newest["parent"]) == ("1.4", "0.3")
         assert newest["sha256"] == next(v["sha256"] for v in listed if v["version"] == "0.3")
+        out = tmp_path / "out"
+        assert lemix(directory, "export", str(out)).stdout == f"version 1.4 in {out}\n"
+        assert weights_sha256(weight_files(out)) == newest["sha256"]
         assert "version 2.4 serves the weights of 0.0" in lemix(directory, "rollback", "0.0").stdout
         assert "yes" in lemix(directory, "versions").stdout
+        client.train("the cat", "sat")
+        assert client.flush(PATIENCE_S) == "2.5"
+    for folder in (directory.path / "versions" / "2.5", directory.checkpoints / "2.5"):
+        with (folder / "weights-000.safetensors").open("r+b") as file:
+            file.truncate(1000)
+    with (
+        pytest.raises(ClusterError, match=r"can't start: .*2\.5/weights-000\.safetensors"),
+        running_cluster(settings, data_dir=directory.path, resume=True),
+    ):
+        pass
 
 
 def lemix(directory: DataDir, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:

@@ -21,10 +21,9 @@ from transformers import LlamaConfig
 
 from lemix_common.ids import Version
 from lemix_common.messages import Frame, RunStep, StepCommitted, TrainBackward, TrainForward, WriteShards
-from lemix_common.schedules import held_by_stage, schedule_named
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.training import GradientReport, PlannedStep
-from lemix_stage_worker.activation_memory import TrainingWay, measure_activations, predict_memory
+from lemix_stage_worker.activation_memory import measure_activations, predict_memory, training_way
 from lemix_stage_worker.hosted_stage import HostedStage, build_template, load_version, training_on
 from lemix_stage_worker.learning import Learner
 from lemix_stage_worker.model.costs import cut_model
@@ -192,13 +191,7 @@ def test_training_takes_what_was_predicted(source: ModelSource, stage: int, case
         for step in range(1, 4):
             around.begin(step)
         assert state.step == 3
-    schedule = schedule_named(settings.schedule, stages=STAGES, microbatches=MICROBATCHES)
-    way = TrainingWay(
-        held=held_by_stage(schedule)[stage],
-        moments=0 if settings.optimizer == "sgd" else 2,
-        recompute=settings.recompute,
-        splits=settings.schedule == "zero-bubble",
-    )
+    way = training_way(settings, stage)
     predicted = predict_memory(state.model, measure_activations(state.model), [LENGTHS] * MICROBATCHES, way)
     print(
         f"stage {stage}, {settings.schedule}: peak {live.most} = {live.most / predicted.total:.2f} x predicted"

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lemix_common.ids import BASE_VERSION
-from lemix_common.ids import Version
+from lemix_common.ids import BASE_VERSION, Version
 from lemix_common.store.training import PlannedStep
 from lemix_stage_worker import training_state
 from lemix_stage_worker.hosted_stage import build_template, training_on

@@ -26,9 +26,7 @@ def export_model(broker: Broker, target: Path) -> str:
     for _ in range(_TRIES):
         version, folder = _served(broker)
         try:
-            _write(
-                base, weight_files(base) if folder is None else sorted(folder.glob("*.safetensors")), target
-            )
+            _write(base, weight_files(base) if folder is None else _weights_in(folder), target)
         except (FileNotFoundError, ModelError) as error:
             reason = error  # perhaps the version was retired meanwhile; the one after it is as good
         except OSError as error:
@@ -44,6 +42,11 @@ def _served(broker: Broker) -> tuple[str, Path | None]:
     served = versions.live().get("served", "")
     directory = versions.version(served).get("directory", "")
     return served, Path(directory) if directory else None
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """A version's files; one that was gone back to is in its checkpoint's folder, beside the optimizer's state."""
+    return sorted(folder.glob("weights-*.safetensors"))
 
 
 def _require_empty(target: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from lemix_common.schedules import held_by_stage, schedule_named
+from lemix_common.settings import ClusterSettings
 from lemix_stage_worker.layer_passes import HEAD_ROWS
 from lemix_stage_worker.model.stage import StageModel
 
@@ -118,6 +120,24 @@ class TrainingWay:
     recompute: bool = False
     splits: bool = False
     """Backwards are in two halves."""
+
+
+def training_way(settings: ClusterSettings, stage: int) -> TrainingWay:
+    """How a stage trains by these settings."""
+    microbatches = settings.microbatches or settings.step_examples
+    schedule = schedule_named(
+        "1f1b" if settings.overlaps_steps else settings.schedule,
+        stages=settings.stages,
+        microbatches=max(microbatches, settings.stages) if settings.overlaps_steps else microbatches,
+        workers=settings.num_workers // settings.nodes if settings.schedule == "interleaved" else None,
+    )
+    return TrainingWay(
+        held=held_by_stage(schedule)[stage],
+        moments=2 if settings.optimizer == "adamw" else 0,
+        weight_copies=2 if settings.overlaps_steps else 1,
+        recompute=settings.recompute,
+        splits=settings.schedule == "zero-bubble",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import structlog
@@ -11,6 +11,7 @@ import structlog
 from lemix_common.broker import Broker
 from lemix_common.errors import Fenced, WeightsDamaged
 from lemix_common.ids import BASE_VERSION, Version
+from lemix_common.machine import memory_limit_bytes
 from lemix_common.messages import LoadTraining
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
@@ -18,6 +19,7 @@ from lemix_common.store.items import Items
 from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.training import Training
 from lemix_common.store.versions import Versions
+from lemix_stage_worker.activation_memory import predict_memory, training_way
 from lemix_stage_worker.background import Background
 from lemix_stage_worker.hosted_stage import (
     BASE_DIRECTORY,
@@ -180,6 +182,7 @@ class Hosting:
             base = served.get(str(BASE_VERSION)) or load_version(self.source, template, BASE_DIRECTORY)
             at = Version(run.lineage, 0)
             training = training_on(base, template, at, overlaps=self.settings.overlaps_steps)
+            self._tell_memory(training, node, stage)
         return HostedStage(
             node=node,
             stage=stage,
@@ -293,13 +296,15 @@ class Hosting:
                 self.owner.training_at(host, state.step)
 
         def load() -> TrainingState:
-            return load_training(
+            state = load_training(
                 self.source,
                 host.template,
                 notice.directory,
                 Version(notice.lineage, notice.step),
                 overlaps=self.settings.overlaps_steps,
             )
+            self._tell_memory(state, host.node, host.stage)
+            return state
 
         def failed(error: Exception) -> None:
             log.error("training_refused", node=host.node, stage=host.stage, reason=str(error))
@@ -312,6 +317,23 @@ class Hosting:
                 self.background.failure = error
 
         self.background.do(load, loaded, failed)
+
+    def _tell_memory(self, state: TrainingState, node: int, stage: int) -> None:
+        """Say what training will take on a stage, with microbatches as long as they may be, before it takes it."""
+        settings, limit = self.settings, memory_limit_bytes()
+        way = training_way(settings, stage)
+        longest = (min(settings.microbatch_tokens or self.source.context_length, self.source.context_length),)
+        needed = predict_memory(state.model, state.newest.activations, [longest] * way.held, way)
+        log.info("training_memory_predicted", node=node, stage=stage, bytes=needed.total, **asdict(needed))
+        if needed.total > limit:
+            log.warning(
+                "training_may_not_fit",
+                node=node,
+                stage=stage,
+                bytes=needed.total,
+                limit_bytes=limit,
+                reason="use --recompute, a smaller --microbatch-tokens or --activation-bytes, or more stages",
+            )
 
     def _way_out(self, damaged: str) -> str:
         """What a user can do about a damaged checkpoint."""
