@@ -1,0 +1,149 @@
+"""A newer version is served while requests run: each goes on as it asked, and nothing is torn or held up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clusters import fresh_broker
+from lemix import GenerateItem
+from lemix_common.broker import Broker
+from lemix_common.clock import wait_until
+from lemix_common.server import RunningBroker
+from lemix_common.store.versions import Versions
+from switch_scene import SOON_S, Residence, requests, switching, write_subject
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model's folder."""
+    return write_subject(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_running_request_finishes_or_goes_on_as_it_asked(
+    folder: Path, server: RunningBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: int
+) -> None:
+    """``finish``: a cold run on the old version; ``rebuild``: one on the new version, from the token after the switch."""
+    items = [*requests(on_update="finish"), *requests(on_update="rebuild")]
+    with (
+        fresh_broker(server) as broker,
+        switching(broker, folder, tmp_path, monkeypatch, stages=stages) as scene,
+    ):
+        held = [scene.hold(item, tokens=index * 5) for index, item in enumerate(items)]
+        assert scene.publish("first") == "0.1"
+        scene.let_go(*held)
+        answers = [future.result(SOON_S) for future in held]
+        for index, (item, answer) in enumerate(zip(items, answers, strict=True)):
+            is_moved, switch = item.on_update == "rebuild", index * 5 + 1
+            assert answer.version_spans == (
+                ((0, "0.0"), (switch, "0.1")) if is_moved else ((0, "0.0"),)
+            )
+            scene.check(item, answer)
+            assert scene.would_differ(item, answer, switch, "0.0" if is_moved else "0.1")
+        wait_until(scene.cluster.has_forgotten_items, what="caches and leases are free", timeout_s=5)
+        wait_until(lambda: Versions(broker).live() == {"served": "0.1"}, what="0.0 is retired", timeout_s=5)
+        assert broker.hash(broker.keys.versions_in_flight) == {}
+
+
+def test_a_request_that_has_no_token_yet_is_of_the_new_version_only(
+    folder: Path, server: RunningBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins again: one version, one span. What the cluster's setting says goes for who doesn't ask."""
+    (first, _), (second, _) = requests(on_update="rebuild"), requests(on_update=None)
+    with (
+        fresh_broker(server) as broker,
+        switching(broker, folder, tmp_path, monkeypatch, on_update="rebuild", max_running=1) as scene,
+    ):
+        held = scene.hold(first, tokens=2)
+        waiting = scene.client.submit(second)
+        scene.publish("first")
+        scene.let_go(held)
+        assert held.result(SOON_S).version_spans == ((0, "0.0"), (3, "0.1"))
+        assert waiting.result(SOON_S).version_spans == ((0, "0.1"),)
+        assert broker.hash(broker.keys.item(waiting.item_id))["on_update"] == "rebuild"
+        scene.check(first, held.result(0))
+        scene.check(second, waiting.result(0))
+
+
+@pytest.mark.parametrize(("schedule", "buffers"), [("1f1b", 3), ("a-pp", 4)])
+def test_a_third_version_has_the_last_requests_leave_the_first(
+    folder: Path,
+    server: RunningBroker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    schedule: str,
+    buffers: int,
+) -> None:
+    """When it has waited long enough; no stage ever holds more than two served versions, beside those that are trained."""
+    residence = Residence()
+    residence.install(monkeypatch)
+    items = requests(on_update="finish")
+    about: dict[str, Any] = {"schedule": schedule, "stages": 2, "max_drain_s": 0.0}
+    with (
+        fresh_broker(server) as broker,
+        switching(broker, folder, tmp_path, monkeypatch, **about) as scene,
+    ):
+        held = [scene.hold(item, tokens=4) for item in items]
+        assert scene.publish("first") == "0.1"
+        assert Versions(broker).live() == {"served": "0.1", "draining": "0.0"}
+        waiting = scene.submit_step("second")
+        wait_until(
+            lambda: all(worker.serving.cleared == "0.0" for worker in scene.workers),
+            what="every worker knows that the first version must be left",
+            timeout_s=SOON_S,
+        )
+        assert Versions(broker).live() == {"served": "0.1", "draining": "0.0"}
+        scene.let_go(*held)
+        assert {future.result(SOON_S).weights_version for future in waiting} == {"0.2"}
+        for item, future in zip(items, held, strict=True):
+            answer = future.result(SOON_S)
+            assert answer.version_spans == ((0, "0.0"), (5, "0.1"))
+            scene.check(item, answer)
+            assert scene.would_differ(item, answer, 5, "0.0")
+        assert residence.versions == 2
+        assert residence.weight_buffers <= buffers
+
+
+def test_a_move_holds_up_nobody(
+    folder: Path, server: RunningBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While many requests are moved at once, another one waits between two tokens for one of their prefills at most."""
+    (steady, _) = requests(on_update="finish")
+    moving = [
+        GenerateItem([3 + index], 30, ignore_eos=True, on_update="rebuild", item_id=f"moving-{index}")
+        for index in range(6)
+    ]
+    with fresh_broker(server) as broker, switching(broker, folder, tmp_path, monkeypatch) as scene:
+        held = [scene.hold(item, tokens=2) for item in (steady, *moving)]
+        scene.publish("first")
+        scene.let_go(*held)
+        for future in held:
+            future.result(SOON_S)
+        wait_until(
+            lambda: sum(prefills_between_tokens(spans_of(broker), str(steady.item_id))) >= 2,
+            what="the moves have been reported",
+            timeout_s=5,
+        )
+        assert max(prefills_between_tokens(spans_of(broker), str(steady.item_id))) == 1
+
+
+def prefills_between_tokens(spans: list[dict[str, Any]], item: str) -> list[int]:
+    """How many prefills ran between each two decode steps of an item."""
+    counts, seen = [], None
+    for span in sorted(spans, key=lambda span: span["start"]):
+        if span["item"] == item and span["cat"] == "decode":
+            counts += [] if seen is None else [seen]
+            seen = 0
+        elif seen is not None and span["cat"] == "prefill":
+            seen += 1
+    return counts
+
+
+def spans_of(broker: Broker) -> list[dict[str, Any]]:
+    """What ran."""
+    entries: Any = broker.client.xrange(broker.keys.events)
+    return [span for _, fields in entries for span in json.loads(fields["spans"])]
