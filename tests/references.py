@@ -102,7 +102,7 @@ def train_whole(
 
     With a ``delay`` of 1 each step's gradients are those of the version before the newest.
     """
-    model = whole_model(folder).to(dtype)
+    model = whole_model(folder).to(dtype)  # type: ignore[arg-type]  # transformers wraps it, untyped
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
     kept = [_copy(model)]
     for start in range(0, len(examples), step_examples):

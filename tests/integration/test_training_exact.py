@@ -305,7 +305,7 @@ def test_a_pp_is_exactly_one_version_late(
     assert set(cut.fingerprints) == set(twins.fingerprints) == set(alone.fingerprints)
 
 
-# ---------------------------------------------------------------------------------------------------------- number types
+# ------------------------------------------------------------------------------------------------------ number types
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_in_float64_only_float64s_rounding_is_left(
     subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
@@ -324,7 +324,9 @@ def test_bfloat16_learns_in_float32_masters(
     """Steps too small for bfloat16 add up all the same: near the plain float32 loop, and the same bits however cut."""
     subject = subject_of(name, 10)
     alone = train(server, subject, tmp_path / "alone", nodes=1, stages=1, dtype="bfloat16")
-    cut = train(server, subject, tmp_path / "cut", nodes=2, stages=3, dtype="bfloat16", schedule="zero-bubble")
+    cut = train(
+        server, subject, tmp_path / "cut", nodes=2, stages=3, dtype="bfloat16", schedule="zero-bubble"
+    )
     assert {tensor.dtype for tensor in alone.weights.values()} == {torch.float32}
     assert set(cut.fingerprints) == set(alone.fingerprints)
     _check_against_plain_loop(name, subject, alone, limit=3e-3)
@@ -378,3 +380,47 @@ def test_fifty_steps_are_the_same_while_serving(
     trained = train(server, subject_of(name, 50), tmp_path, nodes=cut.nodes, stages=cut.stages, serving=True)
     print(f"{name}: {cut}, {trained.num_served} requests served meanwhile")
     assert set(trained.fingerprints) == {baseline_of(name, 50).fingerprints[0]}
+
+
+FIFTY = [
+    {"schedule": schedule, "nodes": nodes, "stages": stages}
+    for schedule in ("gpipe", "zero-bubble")
+    for nodes in (1, 2)
+    for stages in (1, 2, 3, 5)
+] + [
+    {"schedule": "interleaved", "nodes": nodes, "stages": stages, "workers": nodes}
+    for nodes in (1, 2)
+    for stages in (2, 3, 5)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.data
+@pytest.mark.parametrize("settings", FIFTY, ids=lambda settings: " ".join(map(str, settings.values())))
+@pytest.mark.parametrize("name", TRAINED)
+def test_fifty_steps_under_every_schedule(
+    subject_of: Subjects,
+    baseline_of: Baselines,
+    server: RunningBroker,
+    tmp_path: Path,
+    name: str,
+    settings: dict[str, Any],
+) -> None:
+    """50 steps on GSM8K in another order of work: the same sha256 (that 1f1b's cuts have it, the test above says)."""
+    trained = train(server, subject_of(name, 50), tmp_path, **settings)
+    print(f"{name}: {settings}: {', '.join(trained.fingerprints)}")
+    assert set(trained.fingerprints) == {baseline_of(name, 50).fingerprints[0]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.data
+@pytest.mark.parametrize("name", TRAINED)
+def test_fifty_steps_in_float64(
+    subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
+) -> None:
+    """50 steps on GSM8K in double precision, packed, on 2 nodes of 3 stages: within 1e-8 of the plain loop."""
+    subject = subject_of(name, 50)
+    trained = train(server, subject, tmp_path, nodes=2, stages=3, dtype="float64", microbatches=4)
+    _check_against_plain_loop(name, subject, trained, limit=1e-8, dtype=torch.float64)
