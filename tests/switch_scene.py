@@ -1,4 +1,4 @@
-"""A cluster that serves and learns, and requests that a test holds between two of their tokens while versions change."""
+"""A cluster that serves and learns, and requests that are held between two of their tokens while versions change."""
 
 from __future__ import annotations
 
@@ -135,11 +135,11 @@ class Switching:
     def submit_step(self, name: str) -> list[Future[Any]]:
         """Submit a step's examples; another name, other examples."""
         draw = random.Random(name)
-        items = [
-            TrainItem(*([draw.randrange(3, 61) for _ in range(8)] for _ in range(2)), item_id=f"{name}-{index}")
-            for index in range(STEP_EXAMPLES)
+        texts = [[draw.randrange(3, 61) for _ in range(16)] for _ in range(STEP_EXAMPLES)]
+        return [
+            self.client.submit(TrainItem(ids[:8], ids[8:], item_id=f"{name}-{index}"))
+            for index, ids in enumerate(texts)
         ]
-        return [self.client.submit(item) for item in items]
 
     def publish(self, name: str) -> str:
         """Learn a step; returns the version that is served then, when every worker knows of it."""
@@ -188,7 +188,7 @@ class Switching:
         return future.result(0)
 
     def check(self, item: GenerateItem, answer: Generation) -> None:
-        """Each span's tokens are a cold run of its version from there on; each token was sent once, with its version."""
+        """Each span's tokens are a cold run of its version from there on; each was sent once, with its version."""
         assert len(answer.tokens) == item.max_new_tokens
         assert answer.weights_version == answer.version_spans[0][1]
         begins = [begin for begin, _ in answer.version_spans]

@@ -183,7 +183,7 @@ class Keys:
 
     @property
     def versions_in_flight(self) -> str:
-        """Hash: version to the number of items that started on it and haven't ended."""
+        """Hash: version to the number of items that are on it and haven't ended."""
         return self._key("versions", "in_flight")
 
     @property
@@ -192,7 +192,7 @@ class Keys:
         return self._key("versions", "log")
 
     def version(self, version: object) -> str:
-        """Hash: directory, sha256, step, operation (that made it), held_out_loss, published_at, cleared_at, prepared:N:S."""
+        """Hash: directory, sha256, step, its operation, held_out_loss, published_at, cleared_at, prepared:N:S."""
         return self._key("version", version)
 
     @property

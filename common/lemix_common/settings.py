@@ -21,6 +21,7 @@ POLICIES = ("naive-mix", "separate", "random")
 OPTIMIZERS = ("adamw", "sgd")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 UPDATE_RULES = ("finish", "rebuild")
+ORDERS = ("urgency", "fifo")
 DTYPES = ("", "float32", "bfloat16", "float64")
 
 
@@ -50,6 +51,12 @@ class ClusterSettings:
     """Tokens that are packed into one microbatch, at most; 0: each example is one of its own."""
     schedule: str = "1f1b"
     """Which stage does what when in a step: gpipe, 1f1b, interleaved, zero-bubble or a-pp."""
+    order: str = "urgency"
+    """What a stage computes next: by urgency (decode, prefill, training), or fifo, as it comes, as the paper does."""
+    min_training_share: float = 0.05
+    """Of the time in which a stage has both requests and training to compute, what training gets at least."""
+    max_training_tax: float = 0.0
+    """The next step waits while requests that ended in the last 5 s waited more for training (0.05: 5 %); 0: never."""
     activation_bytes: int = 0
     """What a stage may hold of a step's microbatches on their way, at most; 0: as much as the schedule asks for."""
     recompute: bool = False
@@ -85,7 +92,7 @@ class ClusterSettings:
     on_update: str = "finish"
     """What a running request does when a newer version is served, unless it says so itself: finish or rebuild."""
     max_drain_s: float = 30.0
-    """How long a newer version waits for the last requests of one that was served before; then these go on upon the served one."""
+    """How long the next version waits for the last requests of an older one; then these go on upon the served one."""
     checkpoint_every: int = 50
     """Committed steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -122,6 +129,7 @@ class ClusterSettings:
             "max_drain_s",
             "warmup_steps",
             "max_gradient_norm",
+            "max_training_tax",
         ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("learning_rate", "result_ttl_s", "heartbeat_expiry_s", "takeover_after_s"):
@@ -129,7 +137,8 @@ class ClusterSettings:
             _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
         _require(self.policy in POLICIES, "policy", self.policy, "one of " + ", ".join(POLICIES))
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, "one of " + ", ".join(OPTIMIZERS))
-        _require(self.on_update in UPDATE_RULES, "on_update", self.on_update, "one of " + ", ".join(UPDATE_RULES))
+        rules = " or ".join(UPDATE_RULES)
+        _require(self.on_update in UPDATE_RULES, "on_update", self.on_update, rules)
         self._check_schedule()
         schedule, known = self.learning_rate_schedule, LEARNING_RATE_SCHEDULES
         _require(schedule in known, "learning_rate_schedule", schedule, "one of " + ", ".join(known))
@@ -139,6 +148,9 @@ class ClusterSettings:
             self.schedule_steps,
             f"above warmup_steps ({self.warmup_steps}) with a {schedule} learning rate",
         )
+        _require(self.order in ORDERS, "order", self.order, "one of " + ", ".join(ORDERS))
+        share = self.min_training_share
+        _require(0 <= share <= 0.9, "min_training_share", share, "between 0 and 0.9")
         _require(0 < self.training_share < 1, "training_share", self.training_share, "between 0 and 1")
         if self.policy == "separate":
             _require(

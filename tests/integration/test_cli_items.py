@@ -53,7 +53,9 @@ def test_json_is_one_object(run: Run) -> None:
     """With the answer and its weights."""
     scored = json.loads(run("score", "a", "b", "--json").stdout)
     assert scored["loss"] == pytest.approx(-scored["logprobs"][0])
-    generated = json.loads(run("generate", "ab", "--max-new-tokens", "2", "--json").stdout)
+    asked = ("generate", "ab", "--max-new-tokens", "2", "--on-update", "rebuild", "--json")
+    generated = json.loads(run(*asked).stdout)
+    assert generated["version_spans"] == [[0, "0.0"]]
     assert (generated["text"], generated["finish_reason"], generated["weights_version"]) == (
         "ab",
         "length",
@@ -77,6 +79,7 @@ def test_train_then_flush(run: Run, tmp_path: Path) -> None:
         (["generate", "a", "--max-new-tokens", "64"], "1 prompt + 64 new tokens = 65"),
         (["generate", "a", "--temperature", "-1"], "temperature -1.0 can't be used"),
         (["generate", "a", "--over-long", "shorten"], "--over-long shorten: use reject, truncate, split"),
+        (["generate", "a", "--on-update", "redo"], "on_update 'redo': use finish or rebuild"),
         (["train", "nothing.jsonl"], "nothing.jsonl can't be read"),
     ],
 )

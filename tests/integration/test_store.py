@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
+from lemix.replies import read_reply
 from lemix_common.broker import Broker, Entry
 from lemix_common.clock import wait_until
 from lemix_common.errors import (
@@ -24,7 +25,9 @@ from lemix_common.ids import Version
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import STAGE_0, Call, Items, StartedItem
+from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.training import GradientReport, PlannedStep, Training
+from lemix_common.store.updates import Updates
 from lemix_common.store.versions import Versions
 
 STAGES = 2
@@ -110,6 +113,13 @@ class Store:
         entries = self.broker.read_group(stream, STAGE_0, "w", block_s=0.001, count=1)
         ((started,), _) = self.items.start(node, "w", entries)
         return started
+
+    def begin_again(self, item: str) -> StartedItem:
+        """Send a running item on from a lost stage, to the same node."""
+        (entry,) = (entry for entry in self.items.work_of(0) if entry.fields["item"] == item)
+        redispatch = self.items.redispatch(self.leader, 0, entry, target=0, reason="lost")
+        assert self.broker.call_many([redispatch]) == [["ok"]]
+        return self.pull()
 
     def news(self) -> list[str]:
         """What the client was told, in order."""
@@ -514,10 +524,14 @@ def test_a_stage_reports_only_for_its_own_placement(store: Store) -> None:
     store.unchanged_by(lambda: store.ready(0, epoch - 1))
     strange = {"node": 0, "stage": 0, "versions": ["0.0"], "layers": [0, 0], "memory_bytes": 1}
     store.unchanged_by(lambda: store.cluster.stage_ready("x", epoch=epoch, training=Version(0, 9), **strange))  # type: ignore[arg-type]
-    store.unchanged_by(store.cluster.training_at("w0", node=0, stage=0, epoch=epoch - 1, training=Version(0, 9)))
+    store.unchanged_by(
+        store.cluster.training_at("w0", node=0, stage=0, epoch=epoch - 1, training=Version(0, 9))
+    )
     store.unchanged_by(store.cluster.training_at("x", node=0, stage=0, epoch=epoch, training=Version(0, 9)))
     store.unchanged_by(lambda: store.cluster.link_lost(0, epoch - 1, "w1"))
-    assert store.twice(store.cluster.training_at("w0", node=0, stage=0, epoch=epoch, training=Version(0, 9))) == ["ok"]
+    assert store.twice(
+        store.cluster.training_at("w0", node=0, stage=0, epoch=epoch, training=Version(0, 9))
+    ) == ["ok"]
     store.twice(lambda: store.cluster.link_lost(0, epoch, "w1"))
     assert store.broker.hash(store.broker.keys.node(0))["training:0"] == "9"
 
@@ -687,6 +701,92 @@ def test_a_version_in_use_is_not_retired(store: Store) -> None:
     assert store.versions.retire(store.leader) == ("0.0", "")
 
 
+def test_every_call_of_a_move_may_be_repeated(store: Store) -> None:
+    """The item goes on upon the served version and counts there; what it has keeps its version."""
+    epoch, updates = store.place(), Updates(store.broker)
+    old = store.start("a")
+    move = updates.move("a", 1, node=0, epoch=epoch)
+    assert store.unchanged_by(move) == ["ok", "0.0"]
+    store.broker.call_many([store.items.append_tokens("a", 1, 0, [7, 8])])
+    store.commit(1, "t1", "t2")
+    store.publish("p1")
+    assert store.unchanged_by(updates.move("a", 0, node=0, epoch=epoch)) == ["stale"]
+    assert store.unchanged_by(updates.move("a", 1, node=0, epoch=epoch - 1)) == ["ok", "0.0"]
+    assert store.twice(move) == ["ok", "0.1"]
+    assert store.broker.hash(store.broker.keys.versions_in_flight) == {"0.1": "1"}
+    assert store.versions.retire(store.leader) == ("0.0", "")
+    store.commit(2, "t3", "t4")
+    store.publish("p2")
+    assert store.twice(move) == ["ok", "0.2"]  # no token came from 0.1
+    store.broker.call_many(
+        [store.items.append_tokens("a", 1, 2, [9]), store.items.complete(old, 0, {"tokens": [7, 8, 9]})]
+    )
+    assert store.item("a")["version_spans"] == '[[0,"0.0"],[2,"0.2"]]'
+    replies: Any = store.broker.client.xrange(store.broker.keys.replies("me"))
+    told = [read_reply(fields) for _, fields in replies if fields["item"] == "a"]
+    assert [getattr(reply, "version_spans", reply.weights_version) for reply in told] == [
+        *("0.0", "0.2"),
+        ((0, "0.0"), (2, "0.2")),
+    ]
+    assert store.broker.hash(store.broker.keys.versions_in_flight) == {}
+
+
+@pytest.mark.parametrize("rule", ["rebuild", "finish"])
+def test_an_item_that_begins_again_may_begin_on_the_served_version(store: Store, rule: str) -> None:
+    """If it rebuilds; one that finishes, only once its version has been cleared. The tokens it has keep theirs."""
+    store.place()
+    store.submit("a", on_update=rule)
+    store.broker.call_many([store.items.dispatch(store.leader, store.submission(), 0)])
+    store.pull()
+    store.broker.call_many([store.items.append_tokens("a", 1, 0, [7])])
+    store.commit(1, "t1", "t2")
+    store.publish("p")
+    assert store.begin_again("a").version == ("0.1" if rule == "rebuild" else "0.0")
+    store.broker.call_many([store.items.append_tokens("a", 2, 1, [8])])
+    if rule == "finish":
+        assert "version_spans" not in store.item("a")
+        assert Updates(store.broker).clear_draining(store.leader, "0.0")
+        assert store.begin_again("a").version == "0.1"
+    assert store.item("a")["version_spans"] == f'[[0,"0.0"],[{1 if rule == "rebuild" else 2},"0.1"]]'
+    assert store.versions.retire(store.leader) == ("0.0", "")
+
+
+def test_only_the_draining_version_is_cleared(store: Store) -> None:
+    """Once, by the leader, with one notice to the workers."""
+    updates = Updates(store.broker)
+    store.place()
+    store.start("a")
+    assert not store.unchanged_by(lambda: updates.clear_draining(store.leader, "0.0"))
+    store.commit(1, "t1", "t2")
+    store.publish("p")
+    with pytest.raises(Fenced):
+        updates.clear_draining(store.leader - 1, "0.0")
+    assert [updates.clear_draining(store.leader, "0.0") for _ in range(2)] == [True, False]
+    control: Any = store.broker.client.xrange(store.broker.keys.control)
+    cleared = [fields["version"] for _, fields in control if fields["type"] == "VersionCleared"]
+    assert cleared == ["0.0"]
+
+
+def test_an_item_is_updated_as_the_cluster_says_unless_it_says_so_itself(store: Store) -> None:
+    """The rule is the item's from its submission on."""
+    store.submit("a")
+    store.submit("b", on_update="rebuild")
+    assert [store.item(name)["on_update"] for name in "ab"] == ["finish", "rebuild"]
+
+
+def test_no_third_version_is_prepared(store: Store) -> None:
+    """While one drains; whoever asks for it, as a publish that a rollback has overtaken."""
+    store.place()
+    store.start("a")
+    store.commit(1, "t1", "t2")
+    store.publish("p1")
+    store.commit(2, "t3", "t4")
+    written = store.snapshot("p2", "publish")
+    store.unchanged_by(lambda: store.versions.prepare("p2", "/r/p2", "abc", written=written))
+    assert store.versions.operation("p2")["state"] == "writing"
+    assert store.versions.live() == {"served": "0.1", "draining": "0.0"}
+
+
 def test_a_version_published_again_stays_served(store: Store) -> None:
     """A second operation for the same step, opened by a leader that had not seen the first one end, retires nothing."""
     store.place()
@@ -727,6 +827,117 @@ def test_a_checkpoint_never_goes_back(store: Store) -> None:
     store.twice(lambda: store.versions.seal("early", "/r/0.1", "a", written=early))
     run = store.training.state()
     assert (run.checkpoint, run.checkpoint_directory) == (2, "/r/0.2")
+
+
+# -------------------------------------------------------------------------------------------------------- rollbacks
+def checkpointed(store: Store, operation: str) -> str:
+    """Write a checkpoint of the committed step; returns its directory."""
+    written = store.snapshot(operation, "checkpoint")
+    directory = f"/r/{operation}"
+    store.versions.seal(operation, directory, "abc", written=written)
+    return directory
+
+
+def test_every_call_of_a_rollback_may_be_repeated(store: Store) -> None:
+    """Open, begin, publish: one flip of what is served and what is trained; nothing is committed in between."""
+    epoch = store.place()
+    store.commit(1, "t1", "t2")
+    directory = checkpointed(store, "c")
+    store.commit(2, "t3", "t4")
+    rollbacks, versions = Rollbacks(store.broker, MAIN_RUN), store.versions
+    store.broker.clock = _Stopped()
+    store.twice(lambda: rollbacks.open("r", Version(0, 1)))
+    with pytest.raises(BadInput, match="on its way"):
+        rollbacks.open("another", Version(0, 1))
+    attempt = store.training.state().attempt
+    store.twice(lambda: rollbacks.begin("r", "abc"))
+    run = store.training.state()
+    assert (run.rolling_back, run.in_flight, run.attempt) == ("r", False, attempt + 1)
+    store.submit("t5", "train")
+    assert store.plan(3, "t5") == "ok"
+    assert store.unchanged_by(partial(store.begin, 3, epoch)) == run.attempt, "no step is begun"
+    assert versions.publish("r") == "waiting"
+    for stage in range(STAGES):
+        store.twice(partial(versions.prepared, "1.2", node=0, stage=stage, epoch=epoch))
+    assert store.twice(lambda: versions.publish("r")) == "ok"
+    run = store.training.state()
+    assert (run.lineage, run.base, run.committed, run.published, run.rolling_back) == (1, 2, 2, 2, "")
+    assert (run.checkpoint, run.checkpoint_directory) == (2, directory)
+    assert versions.live() == {"served": "1.2", "draining": "0.0"}
+    assert "training:0" not in store.cluster.nodes(1)[0]
+    assert store.news() == ["t1 done", "t2 done", "t3 done", "t4 done"]
+    assert versions.published(1)[0]["parent"] == "0.1"
+
+
+def test_a_training_state_of_a_lineage_that_was_left_is_none(store: Store) -> None:
+    """However late a stage speaks of it: the state of the same step is another one now."""
+    epoch = store.place()
+    rollbacks = Rollbacks(store.broker, MAIN_RUN)
+    rollbacks.open("r", Version(0, 0))
+    rollbacks.begin("r", "")
+    for stage in range(STAGES):
+        store.versions.prepared("1.0", node=0, stage=stage, epoch=epoch)
+    assert store.versions.publish("r") == "ok"
+    late = partial(store.cluster.training_at, "w0", node=0, stage=0, epoch=epoch)
+    assert store.unchanged_by(late(training=Version(0, 0))) == ["stale"]
+    assert store.twice(late(training=Version(1, 0))) == ["ok"]
+    about = {"node": 0, "stage": 0, "epoch": epoch, "versions": ["1.0", "0.0"], "layers": [0, 0]}
+    store.cluster.stage_ready("w0", training=Version(0, 0), memory_bytes=1, **about)  # type: ignore[arg-type]
+    assert "training:0" not in store.cluster.nodes(1)[0]
+
+
+def test_what_was_being_written_is_written_again_of_the_new_lineage(store: Store) -> None:
+    """A checkpoint that somebody asked for just before is of what was gone back to."""
+    epoch = store.place()
+    written = store.snapshot("c", "checkpoint")
+    rollbacks = Rollbacks(store.broker, MAIN_RUN)
+    rollbacks.open("r", Version(0, 0))
+    rollbacks.begin("r", "")
+    for stage in range(STAGES):
+        store.versions.prepared("1.0", node=0, stage=stage, epoch=epoch)
+    assert store.versions.publish("r") == "ok"
+    assert store.versions.operation("c")["state"] == "requested"
+    store.unchanged_by(lambda: store.versions.shard_written("c", 0, written, {}))
+    store.unchanged_by(lambda: store.versions.seal("c", "/r/0.0", "a", written=written))
+    store.versions.write_shards("c")
+    assert store.versions.operation("c")["version"] == "1.0"
+
+
+def test_a_version_that_no_stage_can_load_is_withdrawn(store: Store) -> None:
+    """Nothing is served or trained otherwise than before, and its name is not used again."""
+    store.place()
+    rollbacks, versions = Rollbacks(store.broker, MAIN_RUN), store.versions
+    rollbacks.open("r", Version(0, 0))
+    rollbacks.begin("r", "")
+    store.twice(lambda: versions.refuse("1.0", "a file was changed"))
+    assert versions.live() == {"served": "0.0"}
+    assert not store.unchanged_by(partial(versions.prepared, "1.0", node=0, stage=0, epoch=1))
+    assert store.training.state().rolling_back == ""
+    assert versions.advance("r", "withdrawn", "failed")
+    assert versions.operation("r")["reason"] == "a file was changed"
+    rollbacks.open("again", Version(0, 0))
+    rollbacks.begin("again", "")
+    assert versions.operation("again")["version"] == "2.0"
+
+
+def test_a_checkpoint_in_use_is_kept(store: Store) -> None:
+    """The run's own, one that is served, and one that is being gone back to; any other may go, once."""
+    epoch = store.place()
+    for step in (1, 2, 3):
+        store.commit(step, f"a{step}")
+        checkpointed(store, f"c{step}")
+    rollbacks = Rollbacks(store.broker, MAIN_RUN)
+    assert [str(version) for version in rollbacks.checkpoints()] == ["0.0", "0.1", "0.2", "0.3"]
+    rollbacks.open("r", Version(0, 2))
+    for version in (Version(0, 2), Version(0, 3)):
+        assert store.unchanged_by(partial(rollbacks.forget_checkpoint, version)) is None
+    assert store.twice(lambda: rollbacks.forget_checkpoint(Version(0, 1))) == "/r/c1"
+    rollbacks.begin("r", "abc")
+    for stage in range(STAGES):
+        store.versions.prepared("1.3", node=0, stage=stage, epoch=epoch)
+    assert store.versions.publish("r") == "ok"
+    assert rollbacks.forget_checkpoint(Version(0, 3)) == "/r/c3"
+    assert store.unchanged_by(partial(rollbacks.forget_checkpoint, Version(0, 2))) is None
 
 
 # ------------------------------------------------------------------------------------------------------ what remains

@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_running_request_finishes_or_goes_on_as_it_asked(
     folder: Path, server: RunningBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: int
 ) -> None:
-    """``finish``: a cold run on the old version; ``rebuild``: one on the new version, from the token after the switch."""
+    """``finish``: a cold run on the old version; ``rebuild``: one on the new version, from the switch on."""
     items = [*requests(on_update="finish"), *requests(on_update="rebuild")]
     with (
         fresh_broker(server) as broker,
@@ -40,9 +40,7 @@ def test_a_running_request_finishes_or_goes_on_as_it_asked(
         answers = [future.result(SOON_S) for future in held]
         for index, (item, answer) in enumerate(zip(items, answers, strict=True)):
             is_moved, switch = item.on_update == "rebuild", index * 5 + 1
-            assert answer.version_spans == (
-                ((0, "0.0"), (switch, "0.1")) if is_moved else ((0, "0.0"),)
-            )
+            assert answer.version_spans == (((0, "0.0"), (switch, "0.1")) if is_moved else ((0, "0.0"),))
             scene.check(item, answer)
             assert scene.would_differ(item, answer, switch, "0.0" if is_moved else "0.1")
         wait_until(scene.cluster.has_forgotten_items, what="caches and leases are free", timeout_s=5)
@@ -79,7 +77,7 @@ def test_a_third_version_has_the_last_requests_leave_the_first(
     schedule: str,
     buffers: int,
 ) -> None:
-    """When it has waited long enough; no stage ever holds more than two served versions, beside those that are trained."""
+    """When it has waited long enough; no stage ever holds more than two served versions, beside what is trained."""
     residence = Residence()
     residence.install(monkeypatch)
     items = requests(on_update="finish")
@@ -139,8 +137,10 @@ def moved_prefills(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def most_moves_between_tokens(spans: list[dict[str, Any]], item: str) -> int:
     """How many of them ran, at most, between two decode steps of an item."""
-    tokens = sorted(span["start"] for span in spans if span["item"] == item and span["cat"] == "decode")
-    moves = [span["start"] for span in moved_prefills(spans)]
+    tokens: list[float] = sorted(
+        span["start"] for span in spans if span["item"] == item and span["cat"] == "decode"
+    )
+    moves: list[float] = [span["start"] for span in moved_prefills(spans)]
     return max(sum(before < move < after for move in moves) for before, after in pairwise(tokens))
 
 

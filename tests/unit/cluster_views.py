@@ -49,6 +49,7 @@ def view_of(
     draining_for_s: float = 0.0,
     is_draining_cleared: bool = False,
     is_stopping: bool = False,
+    recent_tax: float = 0.0,
     **settings: Any,
 ) -> ClusterView:
     """A cluster of these nodes, all workers alive."""
@@ -67,5 +68,6 @@ def view_of(
         draining_for_s=draining_for_s,
         is_draining_cleared=is_draining_cleared,
         operations=tuple(operations),
+        recent_tax=recent_tax,
         empty_for_s={},
     )

@@ -48,6 +48,7 @@ def hosts_after(
         draining_for_s=0.0,
         is_draining_cleared=False,
         operations=(),
+        recent_tax=0.0,
         empty_for_s={divmod(at, 3): seconds for at, seconds in (empty_for_s or {}).items()},
     )
     after = list(names)

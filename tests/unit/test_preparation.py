@@ -51,6 +51,7 @@ def test_an_error_says_where_the_example_was_read() -> None:
         (GenerateItem([1], 0), "at least 1"),
         (ScoreItem([1], [2], over_long="split"), "'split' is for training"),
         (ScoreItem([1], [2], over_long="shorten"), "use reject, truncate, split"),  # type: ignore[arg-type]
+        (GenerateItem([1], 1, on_update="redo"), "use finish or rebuild"),  # type: ignore[arg-type]
         (ScoreItem([1], [2], item_id="a b"), "item id"),
         (ScoreItem([1], [2], item_id=""), "item id"),
     ],

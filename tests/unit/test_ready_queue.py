@@ -100,3 +100,36 @@ def test_a_task_without_safepoints_is_done_at_once() -> None:
     step.advance()
     assert step.is_done
     assert ran == ["x"]
+
+
+def test_training_goes_first_where_it_is_due() -> None:
+    """Its most urgent task; where there is none, serving."""
+    ready = ReadyQueue()
+    ready.add(task("decode", Urgency.DECODE))
+    assert ready.take(is_training_due=True).task.item == "decode"
+    for item, urgency in (
+        ("decode", Urgency.DECODE),
+        ("forward", Urgency.FORWARD),
+        ("back", Urgency.BACKWARD),
+    ):
+        ready.add(task(item, urgency))
+    assert [ready.take(is_training_due=due).task.item for due in (True, False, True)] == [
+        "back",
+        "decode",
+        "forward",
+    ]
+
+
+def test_fifo_knows_no_urgency() -> None:
+    """The paper's order: as tasks come, and no piece of training gives way."""
+    ready = ReadyQueue(is_fifo=True)
+    for item, urgency in (
+        ("forward", Urgency.FORWARD),
+        ("decode", Urgency.DECODE),
+        ("back", Urgency.BACKWARD),
+    ):
+        ready.add(task(item, urgency))
+    step = ready.take(is_training_due=True)
+    assert step.task.item == "forward"
+    assert not ready.must_give_way(step)
+    assert [ready.take().task.item, ready.take().task.item] == ["decode", "back"]

@@ -1,14 +1,24 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from lemix_coordinator.commands import AdvanceOperation, ChooseWriters, OpenSnapshot, RetireVersion
+from lemix_coordinator.commands import (
+    AdvanceOperation,
+    ChooseWriters,
+    ClearVersion,
+    OpenSnapshot,
+    RetireVersion,
+)
 from lemix_coordinator.coordinator import decide
 from lemix_coordinator.snapshots import snapshots
+from lemix_coordinator.view import OperationView
 from unit.cluster_views import node_of, operation_of, run_of, view_of
 
 TWO = (node_of(0, 4, 4), node_of(1, 4, 4, epoch=5))
 CHECKPOINTED = {"checkpoint": 4}
+WRITTEN: dict[str, Any] = {"writers": (0, 0), "epochs": (1, 1), "step": 4, "shards_written": 2}
 
 
 @pytest.mark.parametrize(
@@ -29,6 +39,42 @@ def test_only_two_served_versions_live() -> None:
     run = run_of(planned=4, committed=4, published=3, **CHECKPOINTED)
     assert list(snapshots(view_of(TWO, run, draining="0.2", draining_in_flight=1))) == []
     assert list(snapshots(view_of(TWO, run, draining="0.2"))) == [RetireVersion("0.2")]
+
+
+@pytest.mark.parametrize(
+    ("drained_s", "behind", "operations", "is_due"),
+    [
+        (29.0, 1, [], False),
+        (30.0, 1, [], True),
+        (30.0, 0, [], False),
+        (30.0, 0, [operation_of("rollback", "requested")], True),
+        (30.0, 0, [operation_of("publish", "writing", **WRITTEN)], True),
+        (30.0, 0, [operation_of("checkpoint", "requested", **WRITTEN)], False),
+    ],
+    ids=["not yet", "a publish", "nobody waits", "a rollback", "a publish that is written", "a checkpoint"],
+)
+def test_a_draining_version_is_cleared_when_another_has_waited(
+    drained_s: float, behind: int, operations: list[OperationView], *, is_due: bool
+) -> None:
+    """After ``max_drain_s``, and only for one that waits; said once, and by nobody once no item uses it."""
+    run = run_of(planned=4, committed=4, published=4 - behind, **CHECKPOINTED)
+    about: dict[str, Any] = {"operations": operations, "draining": "0.2", "draining_for_s": drained_s}
+
+    def clears(**more: Any) -> bool:
+        return ClearVersion("0.2") in list(snapshots(view_of(TWO, run, max_drain_s=30.0, **(about | more))))
+
+    assert clears(draining_in_flight=1) == is_due
+    assert not clears(draining_in_flight=1, is_draining_cleared=True)
+    assert not clears(draining_in_flight=0)
+
+
+def test_a_publish_that_a_rollback_overtook_waits_with_what_it_wrote() -> None:
+    """Until the version that drains for the rollback is gone."""
+    run = run_of(planned=4, committed=4, published=4, **CHECKPOINTED)
+    written = [operation_of("publish", "writing", **WRITTEN)]
+    assert list(snapshots(view_of(TWO, run, operations=written, draining="0.2", draining_in_flight=1))) == []
+    advances = [AdvanceOperation("publish-1", "writing")]
+    assert list(snapshots(view_of(TWO, run, operations=written))) == advances
 
 
 def test_one_publish_at_a_time() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +51,23 @@ def test_a_node_that_is_not_ready_is_left_out() -> None:
 def test_nothing_begins_when(view: object) -> None:
     """A step begins only if it can and must."""
     assert list(train(view)) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("recent_tax", "limit", "goes_on"), [(0.2, 0, True), (0.2, 0.1, False), (0.05, 0.1, True)]
+)
+def test_a_step_waits_while_training_costs_too_much(
+    recent_tax: float, limit: float, *, goes_on: bool
+) -> None:
+    """Also one that would overlap with the last; a replay doesn't, since nobody has the committed state without it."""
+    bounded: dict[str, Any] = {"recent_tax": recent_tax, "max_training_tax": limit}
+    view = view_of([node_of(0, 4)], run_of(planned=6, committed=4), **bounded)
+    assert bool(list(train(view))) == goes_on
+    late: dict[str, Any] = {"schedule": "a-pp", "step_examples": 8}
+    view = view_of([node_of(0, 4)], started(5, 3, [0], [1]), **bounded, **late)
+    assert bool(list(train(view))) == goes_on
+    replayed = run_of(planned=6, committed=4, checkpoint=2)
+    assert list(train(view_of([node_of(0, 3)], replayed, **bounded)))
 
 
 def test_only_training_nodes_train() -> None:

@@ -59,4 +59,5 @@ class Updates:
 
     def clear_draining(self, leader_epoch: int, version: str) -> bool:
         """Have every item leave the draining version; False if that was said before, or it is retired."""
-        return fence(self.broker.call(_CLEAR, leader_epoch, version, f"{self.broker.clock.now():.6f}")) == "ok"
+        now = f"{self.broker.clock.now():.6f}"
+        return fence(self.broker.call(_CLEAR, leader_epoch, version, now)) == "ok"

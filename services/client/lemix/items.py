@@ -16,7 +16,7 @@ Text = str | Sequence[int]
 OverLongRule = Literal["reject", "truncate", "split"]
 """What to do with an item over the model's context: refuse it, keep the prompt's end, or (training) cut it in parts."""
 UpdateRule = Literal["finish", "rebuild"]
-"""What a running request does when newer weights are served: finish on its own, or go on upon them with a rebuilt cache."""
+"""What a running request does when newer weights are served: finish on its own, or rebuild its cache on these."""
 
 DEFAULT_NEW_TOKENS = 128
 

@@ -189,17 +189,22 @@ class Coordinator:
                 self._enqueued.pop(operation, None)
             case AdvanceOperation(operation, progress):
                 self._enqueue(operation, progress)
+            case RetireVersion() | ClearVersion():
+                self._end_version(command)
+            case ForgetSteps(upto):
+                self.training.forget_steps(self.epoch, upto)
+            case _:
+                assert_never(command)
+
+    def _end_version(self, command: RetireVersion | ClearVersion) -> None:
+        match command:
             case RetireVersion(version):
                 if retired := self.versions.retire(self.epoch):
                     log.info("version_retired", version=version)
                     self.transitions.remove(*retired)
             case ClearVersion(version):
                 if self.updates.clear_draining(self.epoch, version):
-                    log.info("version_cleared", version=version, items=view.draining_in_flight)
-            case ForgetSteps(upto):
-                self.training.forget_steps(self.epoch, upto)
-            case _:
-                assert_never(command)
+                    log.info("version_cleared", version=version)
 
     def _enqueue(self, operation: str, progress: str) -> None:
         """Ask an operations worker for a transition; again after a while, since its message may have been lost."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ from lemix_common.store.training import run_state
 from lemix_common.store.versions import Versions
 from lemix_coordinator.view import ClusterView, NodeView, OperationView, StageView, WorkerView
 
+TAX_WINDOW_S = 5.0
+
 
 @dataclass
 class Reader:
@@ -21,6 +24,8 @@ class Reader:
     cluster: Cluster
     versions: Versions
     _empty_since: dict[tuple[int, int], float] = field(default_factory=dict)
+    _waits: deque[tuple[float, float, float]] = field(default_factory=deque)
+    """When, and the sums by then: what ended requests waited behind training, and what they took."""
 
     def view(
         self,
@@ -37,12 +42,13 @@ class Reader:
         broker = self.cluster.broker
         keys = broker.keys
         operations = self.versions.in_progress()
-        state, run, live, in_flight, *node_fields = broker.hashes(
+        state, run, live, in_flight, totals, *node_fields = broker.hashes(
             [
                 keys.cluster_state,
                 keys.run(MAIN_RUN),
                 keys.versions,
                 keys.versions_in_flight,
+                keys.totals,
                 *map(keys.node, range(settings.nodes)),
             ]
         )
@@ -68,6 +74,7 @@ class Reader:
                 for name, fields in operations.items()
                 if fields.get("run") == MAIN_RUN
             ),
+            recent_tax=self._recent_tax(totals, now),
             empty_for_s={position: now - since for position, since in self._empty_since.items()},
         )
 
@@ -85,6 +92,16 @@ class Reader:
                 return list(pipe.execute())
 
         return sum(state is not None and state not in ENDED for state in broker.again(states))
+
+    def _recent_tax(self, totals: Mapping[str, str], now: float) -> float:
+        """Of the requests that ended in the last `TAX_WINDOW_S`."""
+        self._waits.append((now, float(totals.get("blocked_s", 0)), float(totals.get("response_s", 0))))
+        while len(self._waits) > 1 and self._waits[1][0] <= now - TAX_WINDOW_S:
+            self._waits.popleft()
+        (_, blocked_before, response_before), (_, blocked, response) = self._waits[0], self._waits[-1]
+        blocked_s = blocked - blocked_before
+        unblocked_s = response - response_before - blocked_s
+        return blocked_s / unblocked_s if unblocked_s > 0 else 0.0
 
     def _note_empty(self, nodes: tuple[NodeView, ...], workers: tuple[WorkerView, ...], now: float) -> None:
         """Positions count as empty from when there is a living worker that could take them."""

@@ -11,8 +11,9 @@ from lemix_coordinator.view import ClusterView, NodeView
 def train(view: ClusterView) -> Iterator[StartStep | LoadTraining | OpenSnapshot | ForgetSteps]:
     """The next thing training needs, if anything.
 
-    An attempt whose members all live goes on, where steps overlap with the next planned step. Otherwise, with every able node at the committed step: the next planned
-    step. A node that lacks the committed state takes it from a checkpoint that living stages write now; where nobody
+    An attempt whose members all live goes on, where steps overlap with the next planned step. Otherwise, with every
+    able node at the committed step: the next planned step, unless training costs requests too much for now. A node that
+    lacks the committed state takes it from a checkpoint that living stages write now; where nobody
     has that state any more, all go back to the last checkpoint and replay the committed steps.
     """
     run = view.run
@@ -28,7 +29,7 @@ def train(view: ClusterView) -> Iterator[StartStep | LoadTraining | OpenSnapshot
         return
     levels = {node.training_step for node in able}
     if levels == {run.committed}:
-        if run.planned > run.committed and not view.is_stopping:
+        if run.planned > run.committed and not view.is_stopping and not _costs_too_much(view):
             reason = "another attempt" if run.in_flight else "next"
             yield StartStep(run.committed + 1, _indices(able), _epochs(able), reason)
     elif (writers := writers_at(view, run.committed)) is not None:
@@ -96,7 +97,13 @@ def _may_go_on(view: ClusterView, able: Sequence[NodeView]) -> bool:
         and run.attempt_last < run.planned
         and {node.node for node in able} <= set(run.members)
         and not view.is_stopping
+        and not _costs_too_much(view)
     )
+
+
+def _costs_too_much(view: ClusterView) -> bool:
+    """Requests that ended lately waited more for training than they may: the next step waits until they don't."""
+    return view.recent_tax > view.settings.max_training_tax > 0
 
 
 def _loading(view: ClusterView) -> bool:

@@ -88,6 +88,8 @@ class ClusterView:
     is_draining_cleared: bool
     """Its last items have been told to leave it."""
     operations: tuple[OperationView, ...]
+    recent_tax: float
+    """The training tax of the requests that ended in the last seconds; 0 if none did."""
     empty_for_s: Mapping[tuple[int, int], float]
     """(node, stage) to how long it has had no host, though a worker lives."""
 

@@ -62,16 +62,13 @@ class Step:
     """A task that waits for its turn, or for its next one."""
 
     task: Task
-    arrival: int
+    place: tuple[int, ...]
+    """What is lower runs first."""
     rest: Iterator[None] | None = None
     is_done: bool = False
 
     def __lt__(self, other: Step) -> bool:
-        return self._place() < other._place()
-
-    def _place(self) -> tuple[int, ...]:
-        task = self.task
-        return min(task.urgency, Urgency.BACKWARD), task.rank, task.urgency, self.arrival
+        return self.place < other.place
 
     def advance(self) -> None:
         """Run to the next safepoint, or to the end."""
@@ -92,25 +89,38 @@ def _is_at_end(rest: Iterator[None]) -> bool:
 class ReadyQueue:
     """Tasks in the order the loop takes them."""
 
-    _heap: list[Step] = field(default_factory=list)
+    is_fifo: bool = False
+    """By arrival alone, and without giving way: the paper's order."""
+    _serving: list[Step] = field(default_factory=list)
+    _training: list[Step] = field(default_factory=list)
     _arrivals: int = 0
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._serving) + len(self._training)
 
     def add(self, task: Task) -> None:
         """Let the task wait for its turn."""
         self._arrivals += 1
-        heapq.heappush(self._heap, Step(task, self._arrivals))
+        kind = () if self.is_fifo else (min(task.urgency, Urgency.BACKWARD), task.rank, task.urgency)
+        self.put_back(Step(task, (*kind, self._arrivals)))
 
-    def take(self) -> Step:
-        """The most urgent task, the oldest of its kind."""
-        return heapq.heappop(self._heap)
+    def take(self, *, is_training_due: bool = False) -> Step:
+        """The most urgent task, the oldest of its kind; of training where that is due and there is some."""
+        heads = [heap for heap in (self._serving, self._training) if heap]
+        if self.is_fifo:
+            heads.sort(key=lambda heap: heap[0].place)
+        elif is_training_due:
+            heads.reverse()
+        return heapq.heappop(heads[0])
 
     def put_back(self, step: Step) -> None:
         """Let a step that was interrupted wait for its next turn, in its old place."""
-        heapq.heappush(self._heap, step)
+        heapq.heappush(self._training if step.task.is_training else self._serving, step)
+
+    def is_awaited(self, step: Step) -> bool:
+        """Whether work of the other kind, serving or training, waits."""
+        return bool(self._serving if step.task.is_training else self._training)
 
     def must_give_way(self, step: Step) -> bool:
         """At a safepoint of a training step: whether serving is ready."""
-        return bool(self._heap) and step.task.is_training and not self._heap[0].task.is_training
+        return not self.is_fifo and step.task.is_training and bool(self._serving)

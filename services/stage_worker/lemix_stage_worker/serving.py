@@ -1,8 +1,8 @@
 """Serving: requests are driven by stage 0, which alone writes their state; later stages only compute.
 
 A request's tokens go round: stage 0 embeds, the stages compute, the last one chooses, and `TokenChosen` returns to
-stage 0, which gives the token to the client and sends the next one. Between two tokens a request may be moved to a newer
-version (see `lemix_common.store.updates`): it is prefilled on that one from its beginning.
+stage 0, which gives the token to the client and sends the next one. Between two tokens a request may be moved to a
+newer version (see `lemix_common.store.updates`): it is prefilled on that one from its beginning.
 """
 
 from __future__ import annotations

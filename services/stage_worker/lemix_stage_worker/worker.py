@@ -74,6 +74,7 @@ from lemix_stage_worker.reporter import Reporter, Span
 from lemix_stage_worker.serving import Serving
 from lemix_stage_worker.shard_files import write_shard
 from lemix_stage_worker.step_work import Example, microbatches_of
+from lemix_stage_worker.tenancy import Tenancy
 from lemix_stage_worker.weight_probe import probe
 
 log = structlog.get_logger()
@@ -99,13 +100,13 @@ class Worker:
     """Monotonic time at which the step in progress began."""
     longest_step_s: float = 0.0
     learners: dict[Position, Learner] = field(default_factory=dict)
-    ready: ReadyQueue = field(default_factory=ReadyQueue)
     _held: list[FrameArrived] = field(default_factory=list)
     """Frames of a placement this worker hasn't taken up yet."""
-    _last_training: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
         self.now = self.broker.clock.now
+        self.ready = ReadyQueue(is_fifo=self.settings.order == "fifo")
+        self.tenancy = Tenancy(self.settings.min_training_share)
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
         self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
         self.serving = Serving(self.items, Updates(self.broker), self, self.now)
@@ -151,22 +152,27 @@ class Worker:
         for arrival in self.inbox.drain(wait_s=wait_s):
             self._handle(arrival)
         if self.ready:
-            self._compute(self.ready.take())
+            self._compute(self.ready.take(is_training_due=self.tenancy.is_training_due))
 
     def _compute(self, step: Step) -> None:
-        """Run a step to its end, or to a safepoint at which serving is ready."""
-        start = self.now()
+        """Run a step to its end, or to a safepoint at which it must give way."""
+        start = now = self.now()
         while True:
             self._advance(step)
             self.progress += 1
+            if not step.is_done:
+                for arrival in self.inbox.drain(wait_s=0.0):
+                    self._handle(arrival)
+            began, now = now, self.now()
+            self.tenancy.count(
+                began, now, is_training=step.task.is_training, is_awaited=self.ready.is_awaited(step)
+            )
             if step.is_done:
                 break
-            for arrival in self.inbox.drain(wait_s=0.0):
-                self._handle(arrival)
-            if self.ready.must_give_way(step):
+            if self.ready.must_give_way(step) and not self.tenancy.is_training_due:
                 self.ready.put_back(step)
                 break
-        self._note(step.task, start, self.now())
+        self._note(step.task, start, now)
 
     def _advance(self, step: Step) -> None:
         self.busy_since = began = time.monotonic()
@@ -179,12 +185,6 @@ class Worker:
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - began)
 
     def _note(self, task: Task, start: float, end: float) -> None:
-        blocked_s = 0.0
-        if task.is_training:
-            self._last_training = (start, end)
-        else:
-            training_start, training_end = self._last_training
-            blocked_s = max(0.0, training_end - max(training_start, task.ready_at))
         self.reporter.span(
             Span(
                 node=task.node,
@@ -195,7 +195,7 @@ class Worker:
                 version=task.version,
                 start=start,
                 end=end,
-                blocked_s=blocked_s,
+                blocked_s=0.0 if task.is_training else self.tenancy.blocked_s(task.ready_at, start),
             )
         )
 
@@ -274,6 +274,15 @@ class Worker:
                 for learner in self.learners.values():
                     if learner.load(notice):
                         self.hosting.load_training(learner.host, notice)
+            case PrepareVersion() | VersionPublished() | VersionCleared() | VersionRetired():
+                self._version(notice)
+            case ItemCancelled(item=item, node=node):
+                self._item_gone(node, item, None)
+            case _:
+                pass  # for the coordinator
+
+    def _version(self, notice: PrepareVersion | VersionPublished | VersionCleared | VersionRetired) -> None:
+        match notice:
             case PrepareVersion(version=version):
                 self.hosting.prepare(version)
             case VersionPublished(version=version):
@@ -282,10 +291,6 @@ class Worker:
                 self.serving.cleared = version
             case VersionRetired(version=version):
                 self.hosting.retire(version)
-            case ItemCancelled(item=item, node=node):
-                self._item_gone(node, item, None)
-            case _:
-                pass  # for the coordinator
 
     def _each_learner(self, act: Callable[[Learner], object]) -> None:
         for learner in list(self.learners.values()):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from contextlib import suppress
@@ -24,6 +25,7 @@ from lemix_coordinator.operations.judging import begin_judging, judge
 
 log = structlog.get_logger()
 
+_OUR_NAME = re.compile(r"\.writing-.*|\d+\.\d+")
 LEFTOVER_S = 3600.0
 """What nobody has touched for so long, and no record names, is what a killed writer left behind."""
 
@@ -119,6 +121,8 @@ def prune_checkpoints(rollbacks: Rollbacks, root: Path, *, keep: int, now: float
         if directory := rollbacks.forget_checkpoint(version):
             shutil.rmtree(directory, ignore_errors=True)
     for path in root.glob("*"):
+        if not _OUR_NAME.fullmatch(path.name):
+            continue
         with suppress(FileNotFoundError):  # another operations worker removes it just now
             if str(path) not in known.values() and now - path.stat().st_mtime > LEFTOVER_S:
                 shutil.rmtree(path, ignore_errors=True)
