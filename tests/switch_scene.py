@@ -40,9 +40,9 @@ NEW_TOKENS = 40
 SOON_S = 20.0
 
 
-def write_subject(folder: Path) -> Path:
-    """A generated Llama, long enough for `NEW_TOKENS`."""
-    config = copy.deepcopy(GENERATED["llama"])
+def write_subject(folder: Path, family: str = "llama") -> Path:
+    """A generated model, long enough for `NEW_TOKENS`."""
+    config = copy.deepcopy(GENERATED[family])
     config.max_position_embeddings = 128
     return write_number_tokenizer(write_model(folder, config, random_tensors(config)), config.vocab_size)
 

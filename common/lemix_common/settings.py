@@ -50,7 +50,7 @@ class ClusterSettings:
     microbatch_tokens: int = 0
     """Tokens that are packed into one microbatch, at most; 0: each example is one of its own."""
     schedule: str = "1f1b"
-    """Which stage does what when in a step: gpipe, 1f1b, interleaved, zero-bubble or a-pp."""
+    """Which stage does what when in a step: s-pp, gpipe, 1f1b, interleaved, zero-bubble or a-pp."""
     order: str = "urgency"
     """What a stage computes next: by urgency (decode, prefill, training), or fifo, as it comes, as the paper does."""
     min_training_share: float = 0.05

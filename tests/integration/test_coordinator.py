@@ -17,6 +17,7 @@ from lemix_common.ids import BASE_VERSION
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
 from lemix_common.store.items import COORDINATORS, STAGE_0, Items
+from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.training import Training
 from lemix_coordinator.coordinator import Coordinator
 
@@ -367,6 +368,26 @@ def test_a_partial_step_is_planned_after_the_time_that_was_set(new_scene: Callab
     scene.clock.sleep(6)
     coordinator.tick()
     assert Training(scene.broker, MAIN_RUN).step(1).items == ("a",)
+
+
+def test_a_draining_version_has_its_time(ready: tuple[Scene, Coordinator]) -> None:
+    """From when another took its place; where a rollback waits, it is cleared then, by one notice."""
+    scene, coordinator = ready
+    client, keys = scene.broker.client, scene.broker.keys
+    client.hset(keys.versions, mapping={"served": "0.1", "draining": "0.0"})
+    client.hset(keys.version("0.1"), mapping={"directory": "", "published_at": scene.clock.now()})
+    client.hset(keys.versions_in_flight, "0.0", 1)
+    Rollbacks(scene.broker, MAIN_RUN).open("r", BASE_VERSION)
+
+    def cleared_after(seconds: float) -> list[str]:
+        scene.clock.sleep(seconds)
+        coordinator.tick()
+        notices: Any = client.xrange(keys.control)
+        return [fields["version"] for _, fields in notices if fields["type"] == "VersionCleared"]
+
+    assert cleared_after(scene.settings.max_drain_s - 1) == []
+    assert cleared_after(2) == ["0.0"]
+    assert cleared_after(1) == ["0.0"]
 
 
 def test_a_step_starts_on_every_ready_node_once(ready: tuple[Scene, Coordinator]) -> None:

@@ -64,6 +64,7 @@ def _name(span: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     "settings",
     [
+        {"schedule": "s-pp", "stages": 3},
         {"schedule": "gpipe", "stages": 3},
         {"schedule": "1f1b", "stages": 3},
         {"schedule": "interleaved", "stages": 4, "workers": 2},

@@ -15,6 +15,7 @@ from lemix_common.broker import Broker
 from lemix_common.clock import wait_until
 from lemix_common.server import RunningBroker
 from lemix_common.store.versions import Versions
+from numerics.subjects import GENERATED, REAL_MODELS
 from switch_scene import SOON_S, Residence, requests, switching, write_subject
 
 
@@ -24,11 +25,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_subject(tmp_path_factory.mktemp("models") / "llama")
 
 
-@pytest.mark.parametrize("stages", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("llama", 1),
+        pytest.param("llama", 2, marks=pytest.mark.slow),
+        ("llama", 3),
+        pytest.param("gpt2", 2, marks=pytest.mark.slow),
+        pytest.param("stories260K-hf", 1, marks=pytest.mark.data),
+        pytest.param("stories260K-hf", 3, marks=pytest.mark.data),
+    ],
+)
 def test_a_running_request_finishes_or_goes_on_as_it_asked(
-    folder: Path, server: RunningBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: int
+    server: RunningBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stages: int
 ) -> None:
     """``finish``: a cold run on the old version; ``rebuild``: one on the new version, from the switch on."""
+    folder = write_subject(tmp_path / name, name) if name in GENERATED else REAL_MODELS / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
     items = [*requests(on_update="finish"), *requests(on_update="rebuild")]
     with (
         fresh_broker(server) as broker,
@@ -68,7 +82,9 @@ def test_a_request_that_has_no_token_yet_is_of_the_new_version_only(
         scene.check(second, waiting.result(0))
 
 
-@pytest.mark.parametrize(("schedule", "buffers"), [("1f1b", 3), ("a-pp", 4)])
+@pytest.mark.parametrize(
+    ("schedule", "buffers"), [("1f1b", 3), pytest.param("a-pp", 4, marks=pytest.mark.slow)]
+)
 def test_a_third_version_has_the_last_requests_leave_the_first(
     folder: Path,
     server: RunningBroker,

@@ -21,6 +21,7 @@ from lemix_common.schedules import (
     held_by_worker,
     interleaved,
     one_forward_one_backward,
+    s_pp,
     simulate,
     validate,
     zero_bubble,
@@ -28,7 +29,7 @@ from lemix_common.schedules import (
 
 STAGES = range(1, 7)
 MICROBATCHES = range(1, 13)
-ONE_STAGE_A_WORKER = (gpipe, one_forward_one_backward, zero_bubble)
+ONE_STAGE_A_WORKER = (s_pp, gpipe, one_forward_one_backward, zero_bubble)
 SIZES = list(product(STAGES, MICROBATCHES))
 ALLOWED_OF_A_PP = [(stages, microbatches) for stages, microbatches in SIZES if microbatches >= stages]
 

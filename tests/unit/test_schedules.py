@@ -17,8 +17,10 @@ from lemix_common.schedules import (
     held_by_worker,
     interleaved,
     one_forward_one_backward,
+    s_pp,
     schedule_named,
     simulate,
+    validate,
     zero_bubble,
 )
 
@@ -26,6 +28,14 @@ from lemix_common.schedules import (
 def drawn(schedule: Schedule, *, width: int = 0) -> str:
     """Its grid, as it can stand in a test."""
     return "\n" + grid(schedule, width=width) + "\n"
+
+
+def test_s_pp_has_one_microbatch_at_a_time() -> None:
+    """Each stage turns from a forward to the same microbatch's backward; the others idle meanwhile."""
+    schedule = s_pp(3, 4)
+    validate(schedule)
+    assert held_by_stage(schedule) == (1, 1, 1)
+    assert simulate(schedule).bubble_share == pytest.approx(2 / 3)
 
 
 def test_gpipe_does_all_forwards_then_all_backwards() -> None:
@@ -170,8 +180,10 @@ def test_costs_and_delays_move_everything_after_them() -> None:
 def test_every_schedule_is_found_by_its_name() -> None:
     """With one worker a stage, but one for two stages where they are interleaved."""
     found = [schedule_named(name, stages=4, microbatches=4) for name in SCHEDULES]
-    assert [schedule.name for schedule in found] == ["gpipe", "1f1b", "interleaved", "zero-bubble", "a-pp"]
-    assert [len(schedule.orders) for schedule in found] == [4, 4, 2, 4, 4]
+    assert [schedule.name for schedule in found] == [
+        *("s-pp", "gpipe", "1f1b", "interleaved", "zero-bubble", "a-pp")
+    ]
+    assert [len(schedule.orders) for schedule in found] == [4, 4, 4, 2, 4, 4]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +198,7 @@ def test_every_schedule_is_found_by_its_name() -> None:
         ("interleaved", {"stages": 4, "microbatches": 2, "workers": 3}, "4 stages on 3 workers can't be"),
         ("interleaved", {"stages": 4, "microbatches": 2, "workers": 0}, "0 workers"),
         ("interleaved", {"stages": 3, "microbatches": 2}, "3 can't be, say how many workers"),
-        ("2f2b", {"stages": 3, "microbatches": 2}, "no schedule '2f2b': use gpipe, 1f1b, interleaved"),
+        ("2f2b", {"stages": 3, "microbatches": 2}, "no schedule '2f2b': use s-pp, gpipe, 1f1b, interleaved"),
     ],
 )
 def test_what_cannot_be_is_refused(name: str, numbers: dict[str, int], reason: str) -> None:

@@ -82,7 +82,7 @@ def test_a_picture_fits_its_terminal() -> None:
 def test_without_a_name_every_schedule_is_explained() -> None:
     """One that these numbers don't allow says why."""
     found = {each["schedule"]: each for each in explained("--stages", "3", "--microbatches", "2")}
-    assert list(found) == ["gpipe", "1f1b", "interleaved", "zero-bubble", "a-pp"]
+    assert list(found) == ["s-pp", "gpipe", "1f1b", "interleaved", "zero-bubble", "a-pp"]
     assert [name for name, each in found.items() if "refused" in each] == ["interleaved", "a-pp"]
     text = train("--explain", "--stages", "3", "--microbatches", "2").stdout
     assert f"a-pp: {found['a-pp']['refused']}" in text

@@ -20,6 +20,7 @@ from lemix_common.schedules.orders import (
     gpipe,
     interleaved,
     one_forward_one_backward,
+    s_pp,
     schedule_named,
     zero_bubble,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "held_by_worker",
     "interleaved",
     "one_forward_one_backward",
+    "s_pp",
     "schedule_named",
     "simulate",
     "unit_cost",

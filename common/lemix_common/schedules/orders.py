@@ -11,8 +11,8 @@ from lemix_common.errors import BadInput
 from lemix_common.schedules.action import Action, Schedule, Work
 
 Order = tuple[Action, ...]
-ONE_STAGE_A_WORKER: Final = ("gpipe", "1f1b", "zero-bubble", "a-pp")
-SCHEDULES: Final = ("gpipe", "1f1b", "interleaved", "zero-bubble", "a-pp")
+ONE_STAGE_A_WORKER: Final = ("s-pp", "gpipe", "1f1b", "zero-bubble", "a-pp")
+SCHEDULES: Final = ("s-pp", "gpipe", "1f1b", "interleaved", "zero-bubble", "a-pp")
 
 
 def schedule_named(
@@ -35,12 +35,25 @@ def schedule_named(
             f"{name} has one stage on each worker: {stages} stages take {stages} workers, not {workers}"
         )
     make = {
+        "s-pp": s_pp,
         "gpipe": gpipe,
         "1f1b": one_forward_one_backward,
         "zero-bubble": zero_bubble,
         "a-pp": a_pp,
     }[name]
     return make(stages, microbatches, steps=steps)
+
+
+def s_pp(stages: int, microbatches: int, *, steps: int = 1) -> Schedule:
+    """One microbatch at a time: the next is released when the last one's backward has ended (LeMix's S-PP)."""
+    _require_at_least_one(stages=stages, microbatches=microbatches, steps=steps)
+    orders = [
+        _lead_then_alternate(
+            _all(stage, Work.FORWARD, microbatches), _all(stage, Work.BACKWARD, microbatches), lead=0
+        )
+        for stage in range(stages)
+    ]
+    return _synchronous("s-pp", orders, stages, microbatches, steps)
 
 
 def gpipe(stages: int, microbatches: int, *, steps: int = 1) -> Schedule:

@@ -436,6 +436,6 @@ class Versions:
             )
         )
 
-    def refuse_training(self, run: str, directory: str, reason: str) -> None:
-        """A stage can't take its training state from the run's checkpoint in this directory: training stands still."""
-        self.broker.call(_REFUSE_TRAINING, run, directory, reason)
+    def refuse_training(self, run: str, directory: str, reason: str) -> bool:
+        """A stage can't take its training state from this directory: False if that isn't the run's checkpoint any more."""
+        return bool(self.broker.call(_REFUSE_TRAINING, run, directory, reason)[0] == "ok")

@@ -148,8 +148,9 @@ class Client:
     def rollback(self, version: str, timeout: float | None = None) -> str:
         """Serve and train the weights of an earlier version again; returns the new version that has them.
 
-        What had begun finishes on the version it began with, or goes on upon this one, as it asked. Examples of later steps stay done: they were learned, and
-        the weights that learned them were left. `BadInput` and `ClusterError`: nothing was changed.
+        What had begun finishes on the version it began with, or goes on upon this one, as it asked. Examples of
+        later steps stay done: they were learned, and the weights that learned them were left. `BadInput` and
+        `ClusterError`: nothing was changed.
         """
         return roll_back(self._broker, Version.parse(version), timeout_s=timeout)
 

@@ -309,12 +309,17 @@ class Hosting:
         def failed(error: Exception) -> None:
             log.error("training_refused", node=host.node, stage=host.stage, reason=str(error))
             if isinstance(error, WeightsDamaged):
-                reason = f"{error}: {self._way_out(notice.directory)}"
                 self.background.do(
-                    lambda: self.versions.refuse_training(notice.run, notice.directory, reason)
+                    lambda: self._refuse_training(notice, error),
+                    lambda is_refused: None if is_refused or host.epoch != epoch else begin_afresh(error),
                 )
             else:
-                self.background.failure = error
+                begin_afresh(error)
+
+        def begin_afresh(
+            error: Exception,
+        ) -> None:  # the files went, since there is a newer checkpoint, or the disk
+            self.background.failure = error
 
         self.background.do(load, loaded, failed)
 
@@ -335,11 +340,14 @@ class Hosting:
                 reason="use --recompute, a smaller --microbatch-tokens or --activation-bytes, or more stages",
             )
 
-    def _way_out(self, damaged: str) -> str:
-        """What a user can do about a damaged checkpoint."""
-        known = Rollbacks(self.broker, MAIN_RUN).checkpoints().items()
-        before = [version for version, directory in known if directory != damaged]
-        return f"bring the file back and `lemix up --resume`, or go back with `lemix rollback {before[-1]}`"
+    def _refuse_training(self, notice: LoadTraining, error: WeightsDamaged) -> bool:
+        """Have training stand still, and say what a user can do; False if nobody wants that checkpoint any more."""
+        known = Rollbacks(self.broker, notice.run).checkpoints().items()
+        before = [version for version, directory in known if directory != notice.directory]
+        way_out = (
+            f"bring the file back and `lemix up --resume`, or go back with `lemix rollback {before[-1]}`"
+        )
+        return self.versions.refuse_training(notice.run, notice.directory, f"{error}: {way_out}")
 
     def _load_version(self, template: StageModel, version: str) -> StageModel:
         """A live version's weights; `Fenced` if it isn't live any more.
