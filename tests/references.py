@@ -97,10 +97,12 @@ def train_whole(
     weight_decay: float,
     delay: int = 0,
     dtype: torch.dtype = torch.float32,
+    targets_of_step: Sequence[int] = (),
 ) -> dict[str, Tensor]:
     """The plain loop: one model, one process, one microbatch an example, torch's AdamW.
 
-    With a ``delay`` of 1 each step's gradients are those of the version before the newest.
+    With a ``delay`` of 1 each step's gradients are those of the version before the newest. A step's loss is the mean
+    over its own targets, or over as many as ``targets_of_step`` says.
     """
     model = whole_model(folder).to(dtype)  # type: ignore[arg-type]  # transformers wraps it, untyped
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -111,6 +113,8 @@ def train_whole(
         _load(model, kept[0])
         step = [example.ids for example in examples[start : start + step_examples]]
         num_targets = sum(len(reference) for _, reference in step)
+        if targets_of_step:
+            num_targets = targets_of_step[start // step_examples]
         for prompt, reference in step:
             logits_TV = model(torch.tensor([[*prompt, *reference]])).logits[0]
             predicted = logits_TV[len(prompt) - 1 : -1]

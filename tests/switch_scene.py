@@ -180,8 +180,9 @@ class Switching:
         )
         return slot
 
-    def answer_of(self, future: Future[Generation]) -> Generation:
-        """A request's answer, whoever has to be started again for it."""
+    def finish(self, future: Future[Generation]) -> Generation:
+        """Have a request go on to its end, whoever has to be started again for it."""
+        self.let_go(future)
         wait_until(
             lambda: self.cluster.replace_dead() == [] and future.done(), what="it has ended", timeout_s=40
         )

@@ -25,7 +25,6 @@ class Manifest:
 
     directory: Path
     version: str
-    has_optimizer: bool
     files: Mapping[str, str]
     """sha256 by file name."""
     weights_sha256: str
@@ -58,7 +57,6 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = Manifest(
             directory=directory,
             version=str(fields["version"]),
-            has_optimizer=bool(fields["optimizer"]),
             files={str(name): str(sha256) for name, sha256 in fields["files"].items()},
             weights_sha256=str(fields["weights_sha256"]),
             probe={

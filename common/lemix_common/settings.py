@@ -21,6 +21,7 @@ POLICIES = ("naive-mix", "separate", "random")
 OPTIMIZERS = ("adamw", "sgd")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 UPDATE_RULES = ("finish", "rebuild")
+REPLICAS = ("allreduce", "independent")
 ORDERS = ("urgency", "fifo")
 DTYPES = ("", "float32", "bfloat16", "float64")
 
@@ -39,6 +40,8 @@ class ClusterSettings:
     """Worker processes that `lemix up` starts; 0: one a stage."""
     policy: str = "naive-mix"
     """Where items run: naive-mix, separate or random."""
+    replicas: str = "allreduce"
+    """allreduce: nodes learn one model; independent: each learns its share alone, as in the LeMix paper (studies)."""
     training_share: float = 0.5
     """For `separate`: the share of nodes that train."""
     step_examples: int = 8
@@ -147,6 +150,13 @@ class ClusterSettings:
             "schedule_steps",
             self.schedule_steps,
             f"above warmup_steps ({self.warmup_steps}) with a {schedule} learning rate",
+        )
+        _require(self.replicas in REPLICAS, "replicas", self.replicas, "one of " + ", ".join(REPLICAS))
+        _require(
+            self.replicas == "allreduce" or not self.max_gradient_norm,
+            "max_gradient_norm",
+            self.max_gradient_norm,
+            "0 with independent replicas, which have no common norm",
         )
         _require(self.order in ORDERS, "order", self.order, "one of " + ", ".join(ORDERS))
         share = self.min_training_share

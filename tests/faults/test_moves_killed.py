@@ -46,8 +46,7 @@ def test_a_kill_around_a_move_tears_nothing(
         held = [scene.hold(item, tokens=4) for item in items]
         scene.publish("first")
         arm(scene, scene.slot_of(held[0]), point)
-        scene.let_go(*held)
-        answers = [scene.answer_of(future) for future in held]
+        answers = [scene.finish(future) for future in held]
         assert scene.cluster.ended, "the kill point was never reached"
         for item, answer in zip(items, answers, strict=True):
             versions = [version for _, version in answer.version_spans]
@@ -69,7 +68,7 @@ def test_a_request_that_was_lost_with_its_worker_is_begun_on_the_served_version(
         scene.publish("first")
         scene.cluster.replace_worker(scene.slot_of(held[0]))
         for item, future in zip(items, held, strict=True):
-            answer = scene.answer_of(future)
+            answer = scene.finish(future)
             is_moved = item.on_update == "rebuild"
             assert answer.version_spans == (((0, "0.0"), (4, "0.1")) if is_moved else ((0, "0.0"),))
             scene.check(item, answer)
@@ -96,8 +95,7 @@ def test_a_kill_while_a_version_is_cleared_leaves_nobody_on_it(
             return "cleared_at" in Versions(broker).version("0.0")
 
         wait_until(is_cleared, what="the first version must be left", timeout_s=20)
-        scene.let_go(*held)
-        answers = [scene.answer_of(future) for future in held]
+        answers = [scene.finish(future) for future in held]
         wait_until(
             lambda: scene.cluster.replace_dead() == [] and all(future.done() for future in waiting),
             what="the third version is served",

@@ -72,18 +72,23 @@ def test_the_model_itself_can_be_gone_back_to(folder: Path, server: RunningBroke
         assert (back.served_sha256(), back.cluster.fingerprint(0)) == (trained, trained)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"dtype": "bfloat16"}, {"schedule": "a-pp", "step_examples": 2}],
+    ids=["float32", "bfloat16", "a-pp"],
+)
 def test_a_cluster_goes_on_from_what_it_had_gone_back_to(
-    folder: Path, server: RunningBroker, tmp_path: Path
+    folder: Path, server: RunningBroker, tmp_path: Path, settings: dict[str, object]
 ) -> None:
     """All processes are others: version and training state are those of the checkpoint, under their new name."""
     with fresh_broker(server) as broker:
-        with learning(broker, folder, tmp_path, stages=2) as before:
+        with learning(broker, folder, tmp_path, stages=2, **settings) as before:
             before.learn("kept", 1)
             before.checkpoint()
             kept = before.served_sha256()
             before.learn("left", 1)
             assert before.client.rollback("0.1", 30) == "1.2"
-        with learning(broker, folder, tmp_path, stages=1) as after:
+        with learning(broker, folder, tmp_path, stages=1, **settings) as after:
             after.calm()
             assert after.client.score([3, 4], [5], timeout=30).weights_version == "1.2"
             assert after.cluster.fingerprint(0) == kept

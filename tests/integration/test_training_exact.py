@@ -305,6 +305,29 @@ def test_a_pp_is_exactly_one_version_late(
     assert set(cut.fingerprints) == set(twins.fingerprints) == set(alone.fingerprints)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_independent_replicas_are_as_many_models(
+    subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
+) -> None:
+    """Each node learns its own half of every step, and nothing of the other's: the plain loop on that half."""
+    subject = subject_of(name, 10)
+    trained = train(server, subject, tmp_path, nodes=2, stages=2, replicas="independent")
+    assert len(set(trained.fingerprints)) == 2
+    steps = [
+        subject.examples[start : start + STEP_EXAMPLES]
+        for start in range(0, len(subject.examples), STEP_EXAMPLES)
+    ]
+    plain = train_whole(
+        subject.folder,
+        [example for step in steps for example in step[: STEP_EXAMPLES // 2]],
+        step_examples=STEP_EXAMPLES // 2,
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        targets_of_step=[sum(len(example.ids[1]) for example in step) for step in steps],
+    )
+    assert relative_difference(trained.weights, plain) <= LIMIT
+
+
 # ------------------------------------------------------------------------------------------------------ number types
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_in_float64_only_float64s_rounding_is_left(

@@ -50,8 +50,7 @@ def test_a_running_request_finishes_or_goes_on_as_it_asked(
     ):
         held = [scene.hold(item, tokens=index * 5) for index, item in enumerate(items)]
         assert scene.publish("first") == "0.1"
-        scene.let_go(*held)
-        answers = [future.result(SOON_S) for future in held]
+        answers = [scene.finish(future) for future in held]
         for index, (item, answer) in enumerate(zip(items, answers, strict=True)):
             is_moved, switch = item.on_update == "rebuild", index * 5 + 1
             assert answer.version_spans == (((0, "0.0"), (switch, "0.1")) if is_moved else ((0, "0.0"),))
@@ -74,8 +73,7 @@ def test_a_request_that_has_no_token_yet_is_of_the_new_version_only(
         held = scene.hold(first, tokens=2)
         waiting = scene.client.submit(second)
         scene.publish("first")
-        scene.let_go(held)
-        assert held.result(SOON_S).version_spans == ((0, "0.0"), (3, "0.1"))
+        assert scene.finish(held).version_spans == ((0, "0.0"), (3, "0.1"))
         assert waiting.result(SOON_S).version_spans == ((0, "0.1"),)
         assert broker.hash(broker.keys.item(waiting.item_id))["on_update"] == "rebuild"
         scene.check(first, held.result(0))
@@ -112,10 +110,9 @@ def test_a_third_version_has_the_last_requests_leave_the_first(
             timeout_s=SOON_S,
         )
         assert Versions(broker).live() == {"served": "0.1", "draining": "0.0"}
-        scene.let_go(*held)
+        answers = [scene.finish(future) for future in held]
         assert {future.result(SOON_S).weights_version for future in waiting} == {"0.2"}
-        for item, future in zip(items, held, strict=True):
-            answer = future.result(SOON_S)
+        for item, answer in zip(items, answers, strict=True):
             assert answer.version_spans == ((0, "0.0"), (5, "0.1"))
             scene.check(item, answer)
             assert scene.would_differ(item, answer, 5, "0.0")
@@ -126,38 +123,35 @@ def test_a_third_version_has_the_last_requests_leave_the_first(
 def test_a_move_holds_up_nobody(
     folder: Path, server: RunningBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While many requests are moved at once, another one waits between two tokens for one of their prefills at most."""
-    (steady, _) = requests(on_update="finish")
+    """While many requests are moved, another one waits between two tokens for one of their prefills at most."""
+    steady = GenerateItem([3, 4, 5], 100, ignore_eos=True, on_update="finish", item_id="steady")
     moving = [
-        GenerateItem([3 + index], 30, ignore_eos=True, on_update="rebuild", item_id=f"moving-{index}")
+        GenerateItem([3 + index], 60, ignore_eos=True, on_update="rebuild", item_id=f"moving-{index}")
         for index in range(6)
     ]
     with fresh_broker(server) as broker, switching(broker, folder, tmp_path, monkeypatch) as scene:
         held = [scene.hold(item, tokens=2) for item in (steady, *moving)]
         scene.publish("first")
         scene.let_go(*held)
-        for future in held:
-            future.result(SOON_S)
-        wait_until(
-            lambda: len(moved_prefills(spans_of(broker))) == len(moving),
-            what="the moves have been reported",
-            timeout_s=5,
-        )
-        assert most_moves_between_tokens(spans_of(broker), str(steady.item_id)) <= 1
+        for item, future in zip((steady, *moving), held, strict=True):
+            scene.check(item, future.result(SOON_S))
+        wait_until(lambda: len(moves(spans_of(broker))) == 6, what="the moves are reported", timeout_s=5)
+        between = moves_between_tokens(spans_of(broker), "steady")
+        assert (sum(between), max(between)) == (6, 1)
 
 
-def moved_prefills(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The prefills on the new version."""
-    return [span for span in spans if span["cat"] == "prefill" and span["version"] == "0.1"]
+def moves(spans: list[dict[str, Any]]) -> list[float]:
+    """When each item's first step on the new version began."""
+    new = [span for span in spans if span["item"].startswith("moving") and span["version"] == "0.1"]
+    return [
+        min(span["start"] for span in new if span["item"] == item) for item in {span["item"] for span in new}
+    ]
 
 
-def most_moves_between_tokens(spans: list[dict[str, Any]], item: str) -> int:
-    """How many of them ran, at most, between two decode steps of an item."""
-    tokens: list[float] = sorted(
-        span["start"] for span in spans if span["item"] == item and span["cat"] == "decode"
-    )
-    moves: list[float] = [span["start"] for span in moved_prefills(spans)]
-    return max(sum(before < move < after for move in moves) for before, after in pairwise(tokens))
+def moves_between_tokens(spans: list[dict[str, Any]], item: str) -> list[int]:
+    """How many of them ran between each two decode steps of another item."""
+    steps = sorted(span["start"] for span in spans if span["item"] == item and span["cat"] == "decode")
+    return [sum(before < move < after for move in moves(spans)) for before, after in pairwise(steps)]
 
 
 def spans_of(broker: Broker) -> list[dict[str, Any]]:

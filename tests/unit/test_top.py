@@ -64,6 +64,7 @@ def status(*, stages: int = 2, done: float = 10, blocked_s: float = 1.0, respons
         weights_version="0.4",
         versions={"served": "0.4", "draining": "0.3"},
         training={"planned": 6, "committed": 5, "published": 4, "checkpoint": 0},
+        warnings=[],
         training_refused="",
         totals={"done": done, "open": 2, "failed": 1, "blocked_s": blocked_s, "response_s": response_s},
         metrics={"worker-0": "http://127.0.0.1:1/metrics"},
@@ -90,6 +91,8 @@ def test_a_frame_says_everything() -> None:
 
 def test_training_that_stands_still_is_said() -> None:
     """With the reason, which says what to do."""
+    diverging: Status = {**status(), "warnings": ["replicas are independent"]}
+    assert "warning: replicas are independent" in summary(diverging)
     refused: Status = {**status(), "training_refused": "weights-000 was changed: bring it back"}
     assert "training stands still: weights-000 was changed: bring it back" in shown(*status_tables(refused))
     assert "stands still" not in shown(*status_tables(status()))

@@ -71,6 +71,12 @@ class Failure(TypedDict):
     at: float
 
 
+_DIVERGING = (
+    "replicas are independent: nodes learn different models under one version's name, and answers come from the one "
+    "that was published; for studies only"
+)
+
+
 class Status(TypedDict):
     """A cluster at a glance."""
 
@@ -89,6 +95,8 @@ class Status(TypedDict):
     weights_version: str
     versions: dict[str, str]
     training: dict[str, int]
+    warnings: list[str]
+    """What a user of this cluster should know before relying on it."""
     training_refused: str
     """Why training stands still: the newest checkpoint can't be loaded."""
     totals: dict[str, float]
@@ -144,6 +152,7 @@ def read_status(broker: Broker) -> Status:
         training={
             name: int(run.get(name) or 0) for name in ("planned", "committed", "published", "checkpoint")
         },
+        warnings=[_DIVERGING] if settings.replicas == "independent" else [],
         training_refused=run.get("refused", ""),
         totals={name: float(value) for name, value in totals.items()},
         metrics=cluster.metrics(),

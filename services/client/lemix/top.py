@@ -78,6 +78,7 @@ def summary(status: Status, lately: Lately | None = None) -> list[str]:
         f"steps    {', '.join(f'{step} {name}' for name, step in run.items())}",
         f"items    {totals.get('done', 0):.0f} done{rate}, {', '.join(counts)}, {letters}",
         f"tax      {status['training_tax']:.1%} since the start{tax_now}",
+        *(f"warning: {warning}" for warning in status["warnings"]),
         *([f"training stands still: {refused}"] if (refused := status["training_refused"]) else []),
     ]
 

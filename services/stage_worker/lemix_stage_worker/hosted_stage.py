@@ -73,11 +73,16 @@ class HostedStage:
         owned = sum(weights is not None and not weights.is_shared for weights in trained)
         return self.template.weight_bytes * (len(self.versions) + owned)
 
-    def open_cache(self, key: CacheKey) -> None:
-        """Make the item's only cache on this stage; a version that isn't resident fails when its step runs."""
+    def open_cache(self, key: CacheKey) -> bool:
+        """Make the item's only cache on this stage; whether that replaces one of the same attempt.
+
+        A version that isn't resident fails when its step runs.
+        """
+        is_rebuilt = any((held.item, held.attempt) == (key.item, key.attempt) for held in self.caches)
         self.drop_caches(key.item)
         if key.version in self.versions:
             self.caches[key] = self.versions[key.version].new_cache()
+        return is_rebuilt
 
     def drop_caches(self, item: str) -> None:
         """Free what the item holds, whatever the attempt and version."""

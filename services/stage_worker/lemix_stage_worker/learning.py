@@ -120,7 +120,7 @@ class Learner:
         self._newest = notice.step
         if epochs.get(self.host.node) != self.host.epoch:
             return
-        self.steps[notice.step] = StepWork(notice, self.host.node)
+        self.steps[notice.step] = StepWork(notice, self.host.node, self._is_alone)
         self.around.fetch_step(self.host, notice)
         ahead, self._ahead = self._ahead, []
         for arrived in ahead:
@@ -371,7 +371,7 @@ class Learner:
         shard, gradients = ended
         notice = work.notice
         for node, epoch in zip(notice.members, notice.epochs, strict=True):
-            if node != self.host.node:
+            if node != self.host.node and not self._is_alone:
                 about = self._about(work, self.host.stage) | {"node": node, "epoch": epoch}
                 self.around.send_to_node(node, epoch, AddShardGradients(**about, shard=shard), gradients)
         work.add_shard(shard, gradients)
@@ -428,6 +428,10 @@ class Learner:
             self.host.training.drop_gradients()
 
     # ---- small parts
+    @property
+    def _is_alone(self) -> bool:
+        return self.settings.replicas == "independent"
+
     def _is_current(self, work: StepWork) -> bool:
         return self.steps.get(work.notice.step) is work
 

@@ -95,6 +95,8 @@ class Serving:
     """The version published last, since the worker began: what is started comes with the newest one there is."""
     cleared: str = ""
     """The version that everything has to leave."""
+    moving: dict[int, str] = field(default_factory=dict)
+    """Node to the item that is being moved there: one at a time, so that others never wait for two."""
     requests: dict[tuple[int, str], Request] = field(default_factory=dict)
 
     # ---- requests, at stage 0
@@ -118,6 +120,7 @@ class Serving:
         request = self._current(host, frame.item, frame.attempt)
         if request is None:
             return
+        self._has_moved(host.node, frame.item)
         index = frame.position - len(request.started.prompt)
         request.tokens.append(frame.token)
         started = request.started
@@ -152,6 +155,7 @@ class Serving:
         request = self.requests.pop((host.node, item), None)
         if request is None:
             return
+        self._has_moved(host.node, item)
         self.around.ended(host.node, request.started.entry)
         self.release(
             host,
@@ -168,12 +172,13 @@ class Serving:
 
     def drop_all(self, node: int) -> None:
         """The node starts afresh: its requests are somebody else's, or come again."""
+        self.moving.pop(node, None)
         for key in [key for key in self.requests if key[0] == node]:
             self.around.ended(node, self.requests.pop(key).started.entry)
 
     def _go_on(self, host: HostedStage, request: Request, ids: Sequence[int], position: int) -> None:
         """To the next token, by what its version hasn't seen yet; or first to another version."""
-        if self._must_move(request):
+        if host.node not in self.moving and self._must_move(request):
             self._move(host, request)
         else:
             self._forward(host, request, ids, position, wants="token")
@@ -186,6 +191,7 @@ class Serving:
     def _move(self, host: HostedStage, request: Request) -> None:
         """Have the item moved; nothing of it is computed meanwhile, so that no token is of the version it left."""
         started = request.started
+        self.moving[host.node] = started.item
 
         def moved(answer: Sequence[object]) -> None:
             if self._current(host, started.item, started.attempt) is request:
@@ -195,6 +201,10 @@ class Serving:
 
         move = self.updates.move(started.item, started.attempt, node=host.node, epoch=host.epoch)
         self.around.report(move, started, host.node, moved)
+
+    def _has_moved(self, node: int, item: str) -> None:
+        if self.moving.get(node) == item:
+            del self.moving[node]
 
     def _generated(self, host: HostedStage, request: Request) -> None:
         self._complete(host, request, {"tokens": request.tokens, "finish_reason": request.finish_reason})
@@ -249,9 +259,9 @@ class Serving:
         at: float,
     ) -> None:
         """Schedule a stage's share of a forward pass."""
-        num_tokens = tensors[0].shape[1]
+        num_tokens, is_rebuilt = tensors[0].shape[1], False
         if frame.position == 0 and frame.wants != "scores":
-            host.open_cache(_cache_key(frame))
+            is_rebuilt = host.open_cache(_cache_key(frame))
 
         def run() -> None:
             with torch.no_grad():
@@ -267,7 +277,7 @@ class Serving:
 
         self.around.schedule(
             Task(
-                urgency=Urgency.DECODE if num_tokens == 1 else Urgency.PREFILL,
+                urgency=Urgency.DECODE if num_tokens == 1 or is_rebuilt else Urgency.PREFILL,
                 node=host.node,
                 stage=host.stage,
                 item=frame.item,

@@ -61,6 +61,8 @@ class StepWork:
 
     notice: RunStep
     node: int
+    is_alone: bool = False
+    """The node learns from its own microbatches only."""
     planned: PlannedStep | None = None
     mine: tuple[int, ...] = ()
     """The microbatches that this node computes."""
@@ -94,7 +96,8 @@ class StepWork:
         for microbatch in self.mine:
             shard = planned.shards[microbatch]
             self._left[shard] = self._left.get(shard, 0) + 1
-        self._sums = ShardSum(sorted({planned.shards[microbatch] for microbatch in planned.microbatches}))
+        summed = self.mine if self.is_alone else planned.microbatches
+        self._sums = ShardSum(sorted({planned.shards[microbatch] for microbatch in summed}))
         for shard, gradients in self._early:
             self._sums.add(shard, gradients)
         self._early = []
