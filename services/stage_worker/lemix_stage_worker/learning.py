@@ -3,17 +3,14 @@
 A step is computed in attempts. Its gradients are kept until the step commits or another attempt begins; the optimizer
 runs only when the control stream says that the step is committed.
 
-Of each stage one piece of training work at a time waits for the compute loop. What it is follows from the schedule's
-order, not from what happens to arrive first. Two things may pass a piece that can't run yet, since neither needs more
-memory nor changes a number: gradients of weights, which nobody waits for, and a backward where the next forward waits
-for weights that only a commit makes, or for memory.
+In which order the pieces of a step run, `course` knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import structlog
 from torch import Tensor
@@ -22,7 +19,6 @@ from lemix_common.ids import Version
 from lemix_common.messages import (
     AddShardGradients,
     AddTiedGradient,
-    Frame,
     LoadTraining,
     RunStep,
     StepCommitted,
@@ -32,8 +28,9 @@ from lemix_common.messages import (
 )
 from lemix_common.schedules import Work
 from lemix_common.settings import ClusterSettings
-from lemix_common.store.training import GradientReport, PlannedStep
-from lemix_stage_worker.course import Piece, follow, pieces_of
+from lemix_common.store.training import PlannedStep
+from lemix_stage_worker.course import Course, Piece, pieces_of
+from lemix_stage_worker.gradient_exchange import Channels, GradientExchange, address
 from lemix_stage_worker.hosted_stage import HostedStage
 from lemix_stage_worker.layer_passes import HeadPass, LayerPass
 from lemix_stage_worker.ready_queue import Task, Urgency
@@ -42,7 +39,6 @@ from lemix_stage_worker.step_work import Example, MicrobatchPass, Returned, Row,
 log = structlog.get_logger()
 
 TrainingFrame = TrainForward | TrainBackward | AddShardGradients | AddTiedGradient
-TIED_HEAD = "lm_head.weight"
 URGENCY = {
     Work.FORWARD: Urgency.FORWARD,
     Work.BACKWARD: Urgency.BACKWARD,
@@ -51,20 +47,11 @@ URGENCY = {
 }
 
 
-class TrainingSurroundings(Protocol):
+class TrainingSurroundings(Channels, Protocol):
     """What training needs of the worker around it."""
-
-    def send(self, host: HostedStage, stage: int, frame: Frame, tensors: Sequence[Tensor] = ()) -> None:
-        """To another stage of the host's node."""
-
-    def send_to_node(self, node: int, epoch: int, frame: Frame, tensors: Sequence[Tensor]) -> None:
-        """To the same stage of another node."""
 
     def schedule(self, task: Task) -> None:
         """Let the compute loop run a step when it is its turn."""
-
-    def gradients_ready(self, host: HostedStage, step: int, attempt: int, report: GradientReport) -> None:
-        """Report this stage's gradients."""
 
     def training_at(self, host: HostedStage, step: int) -> None:
         """Report where this stage's training state is."""
@@ -102,13 +89,14 @@ class Learner:
     """The last step of the attempt whose notice was read."""
     _ahead: list[Arrived] = field(default_factory=list)
     """Frames of a step whose notice hasn't been read yet."""
-    _todo: list[Piece] = field(default_factory=list)
-    _running: Piece | None = None
-    """The piece that the compute loop has."""
-    _held: int = 0
-    """Microbatches whose forward was taken up and whose last gradient wasn't."""
     _reserved: dict[tuple[int, int], int] = field(default_factory=dict)
     """(step, microbatch) to the bytes of activations that were predicted for it, from its forward to its end."""
+
+    def __post_init__(self) -> None:
+        self._course = Course(most_held=self.host.stages - self.host.stage)
+        self._exchange = GradientExchange(
+            self.host, self.around, is_alone=self.settings.replicas == "independent"
+        )
 
     # ---- notices
     def run_step(self, notice: RunStep) -> None:
@@ -120,7 +108,7 @@ class Learner:
         self._newest = notice.step
         if epochs.get(self.host.node) != self.host.epoch:
             return
-        self.steps[notice.step] = StepWork(notice, self.host.node, self._is_alone)
+        self.steps[notice.step] = StepWork(notice, self.host.node, self._exchange.is_alone)
         self.around.fetch_step(self.host, notice)
         ahead, self._ahead = self._ahead, []
         for arrived in ahead:
@@ -135,17 +123,16 @@ class Learner:
             return
         work.plan(planned, examples, self.now())
         settings, host = self.settings, self.host
-        pieces = pieces_of(
-            settings.schedule,
-            stage=host.stage,
-            stages=host.stages,
-            workers=settings.num_workers // settings.nodes,
-            step=notice.step,
-            microbatches=work.mine,
+        self._course.add(
+            pieces_of(
+                settings.schedule,
+                stage=host.stage,
+                stages=host.stages,
+                workers=settings.num_workers // settings.nodes,
+                step=notice.step,
+                microbatches=work.mine,
+            )
         )
-        if self._todo:
-            pieces = follow(self._todo, pieces, held=self._held, most_held=host.stages - host.stage)
-        self._todo = pieces
         self._go_on()
 
     def step_committed(self, notice: StepCommitted) -> None:
@@ -232,36 +219,18 @@ class Learner:
         for work in list(self.steps.values()):
             if work.weights is None and self.host.training is not None:
                 work.weights = self.host.training.weights_at(work.notice.weights)
-            self._conclude(work)
-        if self._running is None and (piece := self._next()) is not None:
-            self._todo.remove(piece)
-            self._running = piece
-            self._held += piece.work is Work.FORWARD
-            self._held -= piece.work in {Work.BACKWARD, Work.WEIGHT_GRADIENT}
+            self._exchange.conclude(work)
+        if (piece := self._course.take(self._can_run, self._is_held_up)) is not None:
             if piece.work is Work.FORWARD:
                 self._reserved[piece.step, piece.microbatch] = self._predicted_bytes(piece)
             self._schedule_piece(piece, self.steps[piece.step])
 
-    def _next(self) -> Piece | None:
-        """The first piece of the order, or what may pass it while it can't run."""
-        if not self._todo or self._can_run(self._todo[0]):
-            return self._todo[0] if self._todo else None
-        head = self._todo[0]
-        is_held_up = self.steps[head.step].weights is None or not self._has_room(head)
-        passing = next(
-            (
-                piece
-                for piece in self._todo
-                if piece.work is Work.WEIGHT_GRADIENT
-                or (is_held_up and piece.work is not Work.FORWARD)
-            ),
-            None,
-        )
-        return passing if passing is not None and self._can_run(passing) else None
-
     def _can_run(self, piece: Piece) -> bool:
         work = self.steps[piece.step]
         return work.can_run(piece.work, piece.microbatch, is_last=self.host.is_last) and self._has_room(piece)
+
+    def _is_held_up(self, piece: Piece) -> bool:
+        return self.steps[piece.step].weights is None or not self._has_room(piece)
 
     def _has_room(self, piece: Piece) -> bool:
         """Whether what a forward will keep fits beside what is kept; one at a time always may."""
@@ -283,9 +252,8 @@ class Learner:
                 yield
                 if not self._is_current(work):
                     return
-            if self._running is piece:
-                self._running = None
-                self._go_on()
+            self._course.end(piece)
+            self._go_on()
 
         at = self.now()
         if piece.work is Work.FORWARD:
@@ -323,7 +291,7 @@ class Learner:
         work.passes[microbatch] = MicrobatchPass(row, layers)
         if not host.is_last:
             frame = TrainForward(
-                **self._about(work, host.stage + 1),
+                **address(host, work, host.stage + 1),
                 microbatch=microbatch,
                 version=self._version(work),
                 lengths=row.lengths,
@@ -345,7 +313,7 @@ class Learner:
         held.is_halfway = True
         if layers.gradient is not None:
             frame = TrainBackward(
-                **self._about(work, host.stage - 1), microbatch=microbatch, version=self._version(work)
+                **address(host, work, host.stage - 1), microbatch=microbatch, version=self._version(work)
             )
             self.around.send(host, host.stage - 1, frame, (layers.gradient,))
 
@@ -368,46 +336,7 @@ class Learner:
         ended = work.end_microbatch(microbatch)
         if ended is None:
             return
-        shard, gradients = ended
-        notice = work.notice
-        for node, epoch in zip(notice.members, notice.epochs, strict=True):
-            if node != self.host.node and not self._is_alone:
-                about = self._about(work, self.host.stage) | {"node": node, "epoch": epoch}
-                self.around.send_to_node(node, epoch, AddShardGradients(**about, shard=shard), gradients)
-        work.add_shard(shard, gradients)
-
-    def _conclude(self, work: StepWork) -> None:
-        """With every shard in (and a tied embedding's other half), report the gradients."""
-        summed, state = work.summed, self.host.training
-        if summed is None or work.total is not None or work.weights is None or state is None:
-            return
-        gradients = dict(zip(work.weights.leaves(), summed, strict=True)) if summed else {}
-        if not self._with_tied(work, gradients):
-            return
-        work.total = gradients
-        report = work.report(state.squares(gradients))
-        self.around.gradients_ready(self.host, work.notice.step, work.notice.attempt, report)
-
-    def _with_tied(self, work: StepWork, gradients: dict[str, Tensor]) -> bool:
-        """Sum a tied embedding's two gradients, embedding first; False while the other one isn't here."""
-        host = self.host
-        if not gradients or not host.source.is_tied or not (host.is_first or host.is_last):
-            return True
-        embedding = host.source.embedding_name
-        if host.stages == 1:
-            gradients[embedding] = gradients[embedding] + gradients.pop(TIED_HEAD)
-            return True
-        own, other_stage = (embedding, host.stages - 1) if host.is_first else (TIED_HEAD, 0)
-        if not work.sent_tied:
-            work.sent_tied = True
-            self.around.send(
-                host, other_stage, AddTiedGradient(**self._about(work, other_stage)), (gradients[own],)
-            )
-        if work.tied is None:
-            return False
-        first, last = (gradients[own], work.tied) if host.is_first else (work.tied, gradients[own])
-        gradients[own] = first + last
-        return True
+        self._exchange.share(work, *ended)
 
     def _write_snapshots(self) -> None:
         state = self.host.training
@@ -423,28 +352,14 @@ class Learner:
 
     def _forget(self) -> None:
         """Drop the attempt; a committed step's optimizer, if it hasn't run yet, has what it needs."""
-        self.steps, self._todo, self._running, self._held, self._reserved = {}, [], None, 0, {}
+        self.steps, self._reserved = {}, {}
+        self._course.clear()
         if self.host.training is not None:
             self.host.training.drop_gradients()
 
     # ---- small parts
-    @property
-    def _is_alone(self) -> bool:
-        return self.settings.replicas == "independent"
-
     def _is_current(self, work: StepWork) -> bool:
         return self.steps.get(work.notice.step) is work
-
-    def _about(self, work: StepWork, stage: int) -> dict[str, Any]:
-        notice = work.notice
-        return {
-            "node": self.host.node,
-            "stage": stage,
-            "epoch": self.host.epoch,
-            "run": notice.run,
-            "step": notice.step,
-            "attempt": notice.attempt,
-        }
 
     def _version(self, work: StepWork) -> str:
         return f"{work.notice.lineage}.{work.notice.weights}"

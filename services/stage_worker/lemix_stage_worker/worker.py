@@ -66,8 +66,9 @@ from lemix_stage_worker.inbox import (
     NoticeRead,
     PeerGone,
 )
-from lemix_stage_worker.learning import TIED_HEAD, Learner
+from lemix_stage_worker.learning import Learner
 from lemix_stage_worker.links import Links
+from lemix_stage_worker.model.skeleton import HEAD_WEIGHT
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.ready_queue import CATEGORY, ReadyQueue, Step, Task
 from lemix_stage_worker.reporter import Reporter, Span
@@ -411,7 +412,7 @@ class Worker:
         directory, weights = Path(request.directory), dict(tensors)
         tied_to, state = host.template.tied_to, host.training
         if request.optimizer and tied_to is not None and tied_to not in weights and state is not None:
-            weights[tied_to] = state.model.leaves()[TIED_HEAD].detach().clone()  # the first stage writes it
+            weights[tied_to] = state.model.leaves()[HEAD_WEIGHT].detach().clone()  # the first stage writes it
 
         def write() -> None:
             report = write_shard(directory, host.stage, tensors)
