@@ -156,7 +156,7 @@ class Keys:
 
     # ---- training
     def run(self, run: str) -> str:
-        """Hash: lineage, base (its first step), planned, committed, checkpoint, attempt, members, flushes, refused, held_back."""
+        """Hash: lineage, base (where it began), planned, committed, checkpoint, attempt, members, refused, …."""
         return self._key("run", run)
 
     def checkpoints(self, run: str) -> str:

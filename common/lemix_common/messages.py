@@ -206,7 +206,7 @@ class StepCommitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRejected:
-    """A loss or gradient of the attempt wasn't finite: the step is computed again without these examples, or in smaller parts."""
+    """A loss or gradient of the attempt wasn't finite: the step is redone without these examples, or taken apart."""
 
     run: str
     step: int

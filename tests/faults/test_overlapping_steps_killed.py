@@ -63,7 +63,7 @@ def test_a_killed_worker_loses_nothing(
 def test_a_checkpoint_has_the_version_before(
     folder: Path, server: RunningBroker, tmp_path: Path, undisturbed_late: str
 ) -> None:
-    """All stages are loaded from it, and the steps behind it replayed: the first of them needs weights older than it."""
+    """All stages are loaded from it, and the steps behind it replayed: the first needs weights older than it."""
     with late(folder, server, tmp_path, checkpoint_every=4) as (cluster, load):
         load.train()
         load.settle()

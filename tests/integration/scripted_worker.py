@@ -73,7 +73,14 @@ class ScriptedWorker:
         cluster.place(epoch, 0, [NAME])
         placed = int(cluster.nodes(1)[0]["epoch"])
         cluster.stage_ready(
-            NAME, node=0, stage=0, epoch=placed, training=BASE_VERSION, versions=["0.0"], layers=[0, 3], memory_bytes=10
+            NAME,
+            node=0,
+            stage=0,
+            epoch=placed,
+            training=BASE_VERSION,
+            versions=["0.0"],
+            layers=[0, 3],
+            memory_bytes=10,
         )
         self.is_placed = True
 

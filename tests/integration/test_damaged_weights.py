@@ -106,7 +106,9 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
             shutil.copytree(whole, directory)
         back.learn("fourth", 1)
         assert Versions(broker).live()["served"] == "0.4"
-        assert back.client.rollback("0.2", 30) == "2.4"  # lineage 1 got as far as the stages, and no number comes twice
+        assert (
+            back.client.rollback("0.2", 30) == "2.4"
+        )  # lineage 1 got as far as the stages, and no number comes twice
 
 
 @pytest.mark.parametrize("kind", DAMAGES)

@@ -29,7 +29,10 @@ pytestmark = pytest.mark.timeout(180)  # importing torch takes a worker four sec
 def test_back_within_seconds(tmp_path: Path) -> None:
     """`lemix versions` marks what can be gone back to, the newest two are kept, and `lemix rollback` goes there."""
     settings = ClusterSettings(
-        model=str(write_tiny_llama(tmp_path / "tiny")), step_examples=2, checkpoint_every=1, keep_checkpoints=2
+        model=str(write_tiny_llama(tmp_path / "tiny")),
+        step_examples=2,
+        checkpoint_every=1,
+        keep_checkpoints=2,
     )
     directory = DataDir(tmp_path / "data")
     with running_cluster(settings, data_dir=directory.path) as url, Client(url) as client:

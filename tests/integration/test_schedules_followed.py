@@ -103,7 +103,7 @@ def test_weights_come_last_with_zero_bubble(server: RunningBroker, tmp_path: Pat
 
 
 def test_steps_overlap_with_a_pp(server: RunningBroker, tmp_path: Path) -> None:
-    """A stage goes forward with the next step before the last one's optimizer ran; it never holds more than its share."""
+    """A stage goes forward with the next step before the last one's optimizer ran, and holds its share at most."""
     found = orders(server, tmp_path, steps=12, schedule="a-pp", stages=3)
     overlapping = 0
     for stage, order in enumerate(found):

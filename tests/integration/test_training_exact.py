@@ -35,6 +35,8 @@ from references import (
 STEP_EXAMPLES = 4
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
 LIMIT = 1e-6
+QUICKLY = ["llama", pytest.param("gpt2", marks=pytest.mark.slow)]
+"""What runs everywhere; the other family, which is cut the same way, with the slow tests."""
 SUBJECTS = [*("llama", "gpt2"), *(pytest.param(name, marks=pytest.mark.data) for name in TRAINED)]
 
 
@@ -264,7 +266,7 @@ SCHEDULES = [
 
 
 @pytest.mark.parametrize("settings", SCHEDULES, ids=lambda settings: " ".join(map(str, settings.values())))
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", QUICKLY)
 def test_no_schedule_changes_a_bit(
     subject_of: Subjects,
     baseline_of: Baselines,
@@ -278,7 +280,7 @@ def test_no_schedule_changes_a_bit(
     assert set(trained.fingerprints) == {baseline_of(name, 10).fingerprints[0]}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", QUICKLY)
 def test_packed_microbatches_are_the_plain_loops(
     subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
 ) -> None:
@@ -291,7 +293,7 @@ def test_packed_microbatches_are_the_plain_loops(
     assert set(cut.fingerprints) == set(alone.fingerprints)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", QUICKLY)
 def test_a_pp_is_exactly_one_version_late(
     subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
 ) -> None:
@@ -305,7 +307,7 @@ def test_a_pp_is_exactly_one_version_late(
     assert set(cut.fingerprints) == set(twins.fingerprints) == set(alone.fingerprints)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", QUICKLY)
 def test_independent_replicas_are_as_many_models(
     subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
 ) -> None:
@@ -329,7 +331,7 @@ def test_independent_replicas_are_as_many_models(
 
 
 # ------------------------------------------------------------------------------------------------------ number types
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", QUICKLY)
 def test_in_float64_only_float64s_rounding_is_left(
     subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
 ) -> None:
@@ -340,7 +342,7 @@ def test_in_float64_only_float64s_rounding_is_left(
     _check_against_plain_loop(name, subject, trained, limit=1e-8, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", QUICKLY)
 def test_bfloat16_learns_in_float32_masters(
     subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
 ) -> None:

@@ -155,7 +155,9 @@ def test_updates_too_small_for_bfloat16_add_up(subject: Subject) -> None:
     state = TrainingState(0, Weights(shell))
     start = state.snapshot(optimizer=False)
     small = replace(planned(1), learning_rate=1e-5, weight_decay=0.0)
-    ones = {name: torch.ones_like(state.model.leaves()[name], dtype=torch.float32) for name in state._updated()}
+    ones = {
+        name: torch.ones_like(state.model.leaves()[name], dtype=torch.float32) for name in state._updated()
+    }
     for _ in range(20):
         for _ in state.apply({name: tensor.clone() for name, tensor in ones.items()}, small, scale=1.0):
             pass

@@ -48,7 +48,9 @@ def test_a_transposed_weight_is_found(subject: Subject) -> None:
     for name in square:
         values = subject.source.read([name])[name]
         changed = stage(subject, 1, 0, {name: values.T.contiguous()})
-        with pytest.raises(WeightsDamaged, match=f"layer {layer_of(name)} in checkpoint computes something else"):
+        with pytest.raises(
+            WeightsDamaged, match=f"layer {layer_of(name)} in checkpoint computes something else"
+        ):
             check_answers(changed, sealed, HERE)
 
 

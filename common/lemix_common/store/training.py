@@ -302,9 +302,7 @@ class PlannedStep:
         """The examples that a microbatch computes."""
         first = sum(self.cuts[:microbatch])
         return tuple(
-            example
-            for example in range(first, first + self.cuts[microbatch])
-            if example not in self.excluded
+            example for example in range(first, first + self.cuts[microbatch]) if example not in self.excluded
         )
 
     @property
