@@ -84,6 +84,7 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "transposed": (transpose, "weights-000.safetensors", "layer 1 "),
 }
 """What is done, to which file, and what the refusal must name."""
+QUICK = {"truncated", "transposed"}
 
 
 def test_a_damaged_checkpoint_is_not_gone_back_to(
@@ -111,7 +112,10 @@ def test_a_damaged_checkpoint_is_not_gone_back_to(
         )  # lineage 1 got as far as the stages, and no number comes twice
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in DAMAGES],
+)
 def test_a_damaged_checkpoint_is_not_resumed_from(
     folder: Path, server: RunningBroker, tmp_path: Path, kind: str
 ) -> None:

@@ -23,7 +23,10 @@ from tiny_model import write_tiny_llama
 PATIENCE_S = 30.0
 SECONDS = 10.0
 """Within which a small model is back, on a busy machine."""
-pytestmark = pytest.mark.timeout(180)  # importing torch takes a worker four seconds of a core
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(180),
+]  # importing torch takes a worker four seconds of a core
 
 
 def test_back_within_seconds(tmp_path: Path) -> None:
