@@ -79,7 +79,7 @@ class Size:
 
 
 FULL: Final = Size(fixed_rounds=7, fixed_steps=4, gsm8k_rounds=6, gsm8k_steps=3)
-QUICK: Final = Size(fixed_rounds=3, fixed_steps=2, gsm8k_rounds=3, gsm8k_steps=1)
+QUICK: Final = Size(fixed_rounds=3, fixed_steps=1, gsm8k_rounds=2, gsm8k_steps=1)
 """Of the shortest batches of GSM8K."""
 
 

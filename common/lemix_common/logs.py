@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, TextIO
 
 import structlog
@@ -23,13 +23,23 @@ def hide_passwords(_logger: object, _name: str, event: MutableMapping[str, Any])
     return event
 
 
+def naming(process: str) -> Callable[[object, str, MutableMapping[str, Any]], Mapping[str, Any]]:
+    """A processor that adds the process's name: a bound context would be that of one thread."""
+
+    def name(_logger: object, _name: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+        event["process"] = process
+        return event
+
+    return name
+
+
 def configure_logs(process: str, *, level: str = "info", stream: TextIO | None = None) -> None:
     """Set up logging for this process; every line names it."""
     out = stream or sys.stderr
     renderer: Any = structlog.dev.ConsoleRenderer() if out.isatty() else structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
+            naming(process),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
@@ -40,5 +50,3 @@ def configure_logs(process: str, *, level: str = "info", stream: TextIO | None =
         logger_factory=structlog.PrintLoggerFactory(out),
         cache_logger_on_first_use=False,
     )
-    structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(process=process)
