@@ -175,6 +175,8 @@ def _contestants(folder: Path, directory: Path, seed: int) -> Iterator[list[Cont
         stages=STAGES,
         step_examples=EXAMPLES,
         microbatches=MICROBATCHES,
+        schedule="zero-bubble",
+        virtual_shards=1,  # there is one node, so nothing is shared out
         publish_every=_NEVER,  # the peer serves nobody either
         checkpoint_every=_NEVER,
         seed=seed,

@@ -86,7 +86,6 @@ def learn(
     *,
     way: Way = whole,
     recompute: bool = False,
-    splits: bool = False,
 ) -> tuple[list[float], dict[str, Tensor]]:
     """The examples' losses and every parameter's gradient, after a step of these microbatches."""
     num_targets = sum(int((row.targets != NO_TARGET).sum()) for row in rows)
@@ -94,7 +93,7 @@ def learn(
     for row in rows:
         source, passes = row.ids, []
         for stage in stages:
-            passes.append(LayerPass(stage.parts(), row.lengths, recompute=recompute, splits=splits))
+            passes.append(LayerPass(stage.parts(), row.lengths, recompute=recompute))
             for _ in passes[-1].forward(source):
                 pass
             source = passes[-1].output

@@ -3,92 +3,130 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from lemix_stage_worker.split_backward import Shelf, find_joins, input_gradient
+from lemix_stage_worker.split_backward import WeightNotes
 
 
-class Graph:
-    """A product with a weight, a scale, another product, and a way around them."""
+class Layer:
+    """A product with a weight, a scale, a product of the other kind, and a way around them."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.source = torch.randn(3, 4, generator=generator).requires_grad_()
-        self.wide = torch.randn(5, 4, generator=generator).requires_grad_()
-        self.scale = torch.randn(5, generator=generator).requires_grad_()
-        self.narrow = torch.randn(4, 5, generator=generator).requires_grad_()
-        self.bias = torch.randn(4, generator=generator).requires_grad_()
-        self.shelf = Shelf()
-        with self.shelf.keeping():
-            hidden = torch.sigmoid(torch.nn.functional.linear(self.source, self.wide)) * self.scale
-            self.output = torch.nn.functional.linear(hidden, self.narrow, self.bias) + self.source
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator))
+
+        self.wide, self.scale = parameter(5, 4), parameter(5)
+        self.narrow, self.bias = parameter(5, 4), parameter(4)
 
     @property
-    def parameters(self) -> tuple[Tensor, ...]:
+    def parameters(self) -> tuple[nn.Parameter, ...]:
         return self.wide, self.scale, self.narrow, self.bias
 
+    def __call__(self, source: Tensor) -> Tensor:
+        hidden = torch.sigmoid(functional.linear(source, self.wide, None)) * self.scale
+        return torch.addmm(self.bias, hidden, self.narrow) + source
 
-def test_parameters_join_where_they_meet_what_depends_on_the_input() -> None:
-    """From the output back: the second product with its bias, the scale, the first product."""
-    graph = Graph()
-    joined = [{id(one) for one in join.parameters} for join in find_joins(graph.output, graph.source)]
-    assert joined == [{id(graph.narrow), id(graph.bias)}, {id(graph.scale)}, {id(graph.wide)}]
+    def gradients(self) -> list[Tensor | None]:
+        return [one.grad for one in self.parameters]
+
+
+def source(seed: int) -> Tensor:
+    return torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def first_half(layer: Layer, seed: int) -> tuple[WeightNotes, Tensor]:
+    """What is left to do, and the input's gradient."""
+    notes, begin = WeightNotes(), source(seed)
+    with notes:
+        output = layer(begin)
+    found = notes.input_gradient(output, torch.ones_like(output), begin, layer.parameters)
+    assert found is not None
+    return notes, found
 
 
 def test_the_halves_add_up_to_the_whole() -> None:
-    """The first half leaves the parameters alone; the second adds to what they have; all bits are the same."""
-    whole, halves = Graph(), Graph()
-    ahead = torch.ones_like(whole.output)
-    for _ in range(2):
-        torch.autograd.backward(whole.output, ahead, retain_graph=True)
-    assert whole.source.grad is not None
-    for parameter in halves.parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    for graph in (halves, again := Graph()):
-        gradient, joins = input_gradient(graph.output, ahead, graph.source, graph.shelf)
-        assert torch.equal(gradient * 2, whole.source.grad)
-        assert not any(one.grad is not None and one.grad.any() for one in graph.parameters)
-        for join in joins:
-            join.accumulate()
-    for expected, added, first in zip(whole.parameters, halves.parameters, again.parameters, strict=True):
-        assert expected.grad is not None
-        assert added.grad is not None
-        assert first.grad is not None
-        assert torch.equal(added.grad, first.grad)
-        assert torch.equal(added.grad * 2, expected.grad)
+    """The first half leaves the parameters alone; the second adds to what they have; autograd says the same."""
+    whole, halves = Layer(), Layer()
+    for seed in (1, 2):
+        begin = source(seed)
+        whole(begin).sum().backward()  # type: ignore[no-untyped-call]
+        before = [None if one is None else one.clone() for one in halves.gradients()]
+        notes, found = first_half(halves, seed)
+        torch.testing.assert_close(found, begin.grad)
+        for now, then in zip(halves.gradients(), before, strict=True):
+            assert (now is None and then is None) or (
+                now is not None and then is not None and torch.equal(now, then)
+            )
+        notes.add_up()
+        torch.testing.assert_close(halves.gradients(), whole.gradients())
+        assert not any(one is not None and one.requires_grad for one in halves.gradients())
 
 
-def test_the_first_half_uses_up_what_only_it_needs() -> None:
-    """The sigmoid's result is gone after it, and a whole backward through the graph would miss it."""
-    graph = Graph()
-    _, joins = input_gradient(graph.output, torch.ones_like(graph.output), graph.source, graph.shelf)
-    with pytest.raises(AssertionError, match="used this part of the graph up"):
-        torch.autograd.backward(graph.output, torch.ones_like(graph.output))
-    assert len(joins) == 3
+def test_a_first_half_may_run_ahead() -> None:
+    """What a later microbatch's first half computes isn't among the gradients until its own second half."""
+    alone, ahead = Layer(), Layer()
+    first_half(alone, 1)[0].add_up()
+    left, _ = first_half(ahead, 1)
+    first_half(ahead, 2)
+    left.add_up()
+    for one, other in zip(alone.gradients(), ahead.gradients(), strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one, other)
 
 
-def test_what_is_not_to_be_learned_does_not_join() -> None:
-    """Parameters without gradients leave nothing for the second half."""
-    source = torch.ones(2, 4, requires_grad=True)
-    output = torch.nn.functional.linear(source, torch.ones(5, 4))
-    gradient, joins = input_gradient(output, torch.ones_like(output), source, Shelf())
-    assert torch.equal(gradient, torch.full((2, 4), 5.0))
-    assert joins == []
+def test_what_is_not_to_be_learned_gets_no_gradient() -> None:
+    """And the others and the input get theirs."""
+    layer = Layer()
+    layer.wide.requires_grad_(False)
+    layer.bias.requires_grad_(False)
+    notes, found = first_half(layer, 1)
+    notes.add_up()
+    assert [one is None for one in layer.gradients()] == [True, False, False, True]
+    begin = source(1)
+    layer(begin).sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, begin.grad)
 
 
-def test_nothing_is_left_to_the_garbage_collector() -> None:
-    """A graph's memory is free when its second half has run, not when cycles of references are found."""
+@pytest.mark.parametrize("padding", [None, 2])
+def test_a_lookup_s_gradient_is_added_row_by_row(padding: int | None) -> None:
+    """As autograd would, a token that comes twice counting twice, and a padding token not at all."""
+    ids = torch.tensor([[1, 2, 1, 0]])
+    weight = nn.Parameter(torch.arange(12.0).reshape(4, 3))
+    scale = nn.Parameter(torch.tensor([1.0, 2.0, 4.0]))
+
+    def layer() -> Tensor:
+        return functional.embedding(ids, weight, padding) * scale
+
+    layer().sum().backward()  # type: ignore[no-untyped-call]
+    expected = [weight.grad, scale.grad]
+    weight.grad = scale.grad = None
+    notes = WeightNotes()
+    with notes:
+        output = layer()
+    assert notes.input_gradient(output, torch.ones_like(output), ids, [weight, scale]) is None
+    assert weight.grad is None
+    notes.add_up()
+    torch.testing.assert_close([weight.grad, scale.grad], expected)
+
+
+@pytest.mark.parametrize(
+    "act", [lambda layer: first_half(layer, 1)[0].add_up(), lambda layer: first_half(layer, 1)]
+)
+def test_nothing_is_left_to_the_garbage_collector(act: Callable[[Layer], object]) -> None:
+    """A layer's memory is free when nobody asks for it any more, not when cycles of references are found."""
+    layer = Layer()
     gc.collect()
     gc.disable()
     try:
-        graph = Graph()
-        _, joins = input_gradient(graph.output, torch.ones_like(graph.output), graph.source, graph.shelf)
-        while joins:
-            joins.pop().accumulate()
-        del graph
+        act(layer)
         assert gc.collect() == 0
     finally:
         gc.enable()

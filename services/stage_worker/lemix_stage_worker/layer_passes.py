@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from lemix_stage_worker.model.scoring import target_rows, token_logprobs
 from lemix_stage_worker.model.stage import StageModel
-from lemix_stage_worker.split_backward import Join, Shelf, input_gradient
+from lemix_stage_worker.split_backward import WeightNotes
 
 HEAD_ROWS = 256
 """Positions whose logits are computed at a time: they are the largest tensor of a step."""
@@ -38,18 +37,13 @@ class LayerGraph:
     source: Tensor
     """Of its own, where the borders are detached."""
     positions_T: Tensor
-    splits: bool
-    shelf: Shelf = field(default_factory=Shelf)
+    notes: WeightNotes = field(default_factory=WeightNotes)
     output: Tensor | None = None
     """With its graph; None while there is none."""
-    joins: list[Join] = field(default_factory=list)
-    """Where the second half goes on."""
-    left: Tensor | None = None
-    """The output's gradient, where the second half does everything."""
 
     def compute(self) -> Tensor:
         """The output, keeping its graph."""
-        with self.shelf.keeping() if self.splits else nullcontext():
+        with self.notes:
             self.output = self.part(self.source, self.positions_T)
         return self.output
 
@@ -58,29 +52,15 @@ class LayerGraph:
         with torch.no_grad():
             return self.part(self.source, self.positions_T)
 
-    def backward(self, gradient_BTD: Tensor) -> Tensor | None:
-        """Accumulate the parameters' gradients; the input's."""
-        assert self.output is not None
-        output, self.output = self.output, None
-        torch.autograd.backward(output, gradient_BTD)
-        return self.source.grad
-
     def input_gradient(self, gradient_BTD: Tensor) -> Tensor | None:
-        """The input's gradient, without the parameters'; None at the embedding, which leaves all for later."""
-        if not self.source.requires_grad:
-            self.left = gradient_BTD
-            return None
+        """The input's gradient, without the parameters'; None at the embedding."""
         assert self.output is not None
         output, self.output = self.output, None
-        gradient, self.joins = input_gradient(output, gradient_BTD, self.source, self.shelf)
-        return gradient
+        return self.notes.input_gradient(output, gradient_BTD, self.source, self.part.base.parameters())
 
     def weight_gradient(self) -> None:
-        """Accumulate the parameters' gradients that `input_gradient` left."""
-        if self.left is not None:
-            self.backward(self.left)
-        while self.joins:
-            self.joins.pop(0).accumulate()
+        """Accumulate the parameters' gradients."""
+        self.notes.add_up()
 
 
 @dataclass(eq=False)
@@ -92,8 +72,6 @@ class LayerPass:
     """The tokens of each example in the row; empty: the row is one example."""
     recompute: bool = False
     """Keep only each layer's input, and compute the layer again when its gradients are asked for."""
-    splits: bool = False
-    """Make `input_gradient` let go of what the weights' half doesn't need."""
     gradient: Tensor | None = None
     """After `backward` or `input_gradient`, that of the stage's input; None at the embedding."""
     _output: Tensor | None = None
@@ -116,7 +94,7 @@ class LayerPass:
             source = source.detach()
             if source.is_floating_point():
                 source.requires_grad_()
-            graph = LayerGraph(part, source, positions_T, self.splits)
+            graph = LayerGraph(part, source, positions_T)
             self._graphs.append(graph)
             source = graph.compute_only() if self.recompute else graph.compute()
             yield
@@ -128,7 +106,8 @@ class LayerPass:
         for graph in self._backwards():
             yield from _computed(graph)
             assert gradient is not None
-            gradient = graph.backward(gradient)
+            gradient = graph.input_gradient(gradient)
+            graph.weight_gradient()
             yield
         self.gradient = gradient
 
@@ -136,8 +115,7 @@ class LayerPass:
         """The first half of `backward`: the input's gradient alone; yields after each layer."""
         gradient: Tensor | None = gradient_BTD
         for graph in self._backwards():
-            if graph.source.requires_grad:
-                yield from _computed(graph)
+            yield from _computed(graph)
             assert gradient is not None
             gradient = graph.input_gradient(gradient)
             self._halves.append(graph)
@@ -147,10 +125,7 @@ class LayerPass:
     def weight_gradient(self) -> Iterator[None]:
         """The second half: accumulate the parameters' gradients; yields after each layer."""
         while self._halves:
-            graph = self._halves.popleft()
-            if graph.left is not None:
-                yield from _computed(graph)
-            graph.weight_gradient()
+            self._halves.popleft().weight_gradient()
             yield
 
     def _backwards(self) -> Iterator[LayerGraph]:

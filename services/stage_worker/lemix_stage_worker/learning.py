@@ -285,7 +285,6 @@ class Learner:
             work.weights.parts,
             row.lengths,
             recompute=self.settings.recompute,
-            splits=self.settings.schedule == "zero-bubble",
         )
         yield from layers.forward(row.source)
         work.passes[microbatch] = MicrobatchPass(row, layers)
