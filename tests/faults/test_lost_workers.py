@@ -54,7 +54,13 @@ def _fingerprints(cluster: InProcessCluster) -> set[str]:
 # ------------------------------------------------------------------------------------------------ at any moment
 @pytest.mark.parametrize(
     ("nodes", "stages", "slot"),
-    [(1, 1, "worker-0"), (1, 2, "worker-0"), (1, 2, "worker-1"), (1, 3, "worker-1"), (2, 2, "worker-2")],
+    [
+        pytest.param(1, 1, "worker-0", marks=pytest.mark.slow),
+        (1, 2, "worker-0"),
+        (1, 2, "worker-1"),
+        pytest.param(1, 3, "worker-1", marks=pytest.mark.slow),
+        (2, 2, "worker-2"),
+    ],
 )
 def test_a_killed_worker_loses_nothing(
     start: Start, undisturbed: str, nodes: int, stages: int, slot: str

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", layers=4)
 
 
-@pytest.mark.parametrize(("nodes", "stages"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("nodes", "stages"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
 def test_training_goes_on_as_if_the_steps_in_between_had_not_been(
     folder: Path, server: RunningBroker, tmp_path: Path, nodes: int, stages: int
 ) -> None:

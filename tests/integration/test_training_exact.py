@@ -37,7 +37,15 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
 LIMIT = 1e-6
 QUICKLY = ["llama", pytest.param("gpt2", marks=pytest.mark.slow)]
 """What runs everywhere; the other family, which is cut the same way, with the slow tests."""
-SUBJECTS = [*("llama", "gpt2"), *(pytest.param(name, marks=pytest.mark.data) for name in TRAINED)]
+SUBJECTS = [
+    *("llama", "gpt2"),
+    pytest.param(TRAINED[0], marks=pytest.mark.data),
+    *(pytest.param(name, marks=[pytest.mark.data, pytest.mark.slow]) for name in TRAINED[1:]),
+]
+CUT_SUBJECTS = [
+    *QUICKLY,
+    *(pytest.param(name, marks=[pytest.mark.data, pytest.mark.slow]) for name in TRAINED),
+]
 
 
 @dataclass(frozen=True)
@@ -220,7 +228,7 @@ def test_ten_steps_are_the_plain_loops(subject_of: Subjects, baseline_of: Baseli
 
 
 @pytest.mark.parametrize("cut", [Cut(1, 3), Cut(2, 2)], ids=str)
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", CUT_SUBJECTS)
 def test_ten_steps_end_with_the_same_bits_however_cut(
     subject_of: Subjects,
     baseline_of: Baselines,
@@ -234,7 +242,7 @@ def test_ten_steps_end_with_the_same_bits_however_cut(
     assert set(trained.fingerprints) == {baseline_of(name, 10).fingerprints[0]}
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", CUT_SUBJECTS)
 def test_ten_steps_are_the_same_while_serving(
     subject_of: Subjects, baseline_of: Baselines, server: RunningBroker, tmp_path: Path, name: str
 ) -> None:
@@ -244,7 +252,7 @@ def test_ten_steps_are_the_same_while_serving(
     assert set(trained.fingerprints) == {baseline_of(name, 10).fingerprints[0]}
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_stages_that_share_a_worker_change_nothing(
     subject_of: Subjects, server: RunningBroker, tmp_path: Path, workers: int
 ) -> None:
@@ -257,9 +265,9 @@ def test_stages_that_share_a_worker_change_nothing(
 
 # ------------------------------------------------------------------------------------------- schedules and packing
 SCHEDULES = [
-    {"schedule": "gpipe", "stages": 3},
+    pytest.param({"schedule": "gpipe", "stages": 3}, marks=pytest.mark.slow),
     {"schedule": "zero-bubble", "stages": 3},
-    {"schedule": "zero-bubble", "nodes": 2, "stages": 2},
+    pytest.param({"schedule": "zero-bubble", "nodes": 2, "stages": 2}, marks=pytest.mark.slow),
     {"schedule": "interleaved", "stages": 4, "workers": 2},
     {"schedule": "1f1b", "stages": 2, "recompute": True},
 ]

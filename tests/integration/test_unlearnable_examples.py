@@ -52,9 +52,9 @@ def cluster_of(
 @pytest.mark.parametrize(
     "shape",
     [
-        {"nodes": 1, "stages": 1},
+        pytest.param({"nodes": 1, "stages": 1}, marks=pytest.mark.slow),
         {"nodes": 1, "stages": 2},
-        {"nodes": 2, "stages": 2},
+        pytest.param({"nodes": 2, "stages": 2}, marks=pytest.mark.slow),
         {"nodes": 1, "stages": 2, "microbatches": 1},
         {"nodes": 2, "stages": 2, "microbatch_tokens": 8},
     ],
