@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,3 +122,17 @@ def test_only_the_last_stage_has_a_head(subject: Subject) -> None:
     first = build_stages(subject.source, cut_model(subject.source, 2))[0]
     with pytest.raises(ValueError, match="no head"):
         first.logits(torch.zeros(1, 1, subject.source.hidden_size))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_building_leaves_torchs_default_type_alone(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """It is the process's: two threads that set it and back would leave it wrong, and others see it."""
+    seen = set[torch.dtype]()
+    monkeypatch.setattr(torch, "set_default_dtype", seen.add)
+    source = replace(subject.source, dtype=dtype)
+    stage = build_stage(source, StageCut(0, 1, range(source.num_layers)))
+    assert seen <= {torch.get_default_dtype()}
+    assert {leaf.parameter.dtype for leaf in stage.all_leaves()} == {dtype}
+    assert {buffer.dtype for buffer in stage.base.buffers() if buffer.is_floating_point()} <= {torch.float32}

@@ -69,15 +69,23 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype, attention: str 
 def build_whole(
     config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None
 ) -> PreTrainedModel:
-    """transformers' own causal language model of a config, in evaluation mode; the config is changed by it."""
+    """transformers' own causal language model of a config, in evaluation mode; the config is changed by it.
+
+    transformers would set torch's default type meanwhile, which is the process's: threads that compute, or build
+    another model, would see it. So the model is built in float32, and its parameters get their type afterwards.
+    """
     choice = {} if attention is None else {"attn_implementation": attention}
     try:
-        whole = _from_config(config, dtype=dtype, **choice)
+        whole = _from_config(config, dtype=torch.float32, **choice)
     except (ValueError, KeyError, ImportError) as error:
         raise ModelError(
             f"transformers can't build a {config.model_type!r} language model: {reason(error)}"
         ) from error
     whole.train(mode=False)
+    if dtype != torch.float32:
+        for parameter in whole.parameters():
+            parameter.data = parameter.data.to(dtype)
+        whole.config.dtype = dtype
     return whole
 
 
