@@ -57,7 +57,7 @@ def _fingerprints(cluster: InProcessCluster) -> set[str]:
     [
         pytest.param(1, 1, "worker-0", marks=pytest.mark.slow),
         (1, 2, "worker-0"),
-        (1, 2, "worker-1"),
+        pytest.param(1, 2, "worker-1", marks=pytest.mark.slow),
         pytest.param(1, 3, "worker-1", marks=pytest.mark.slow),
         (2, 2, "worker-2"),
     ],

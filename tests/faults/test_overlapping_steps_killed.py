@@ -45,7 +45,7 @@ def undisturbed_late(folder: Path, server: RunningBroker, tmp_path_factory: pyte
         return cluster.fingerprint(0)
 
 
-@pytest.mark.parametrize("slot", ["worker-0", "worker-1"])
+@pytest.mark.parametrize("slot", [pytest.param("worker-0", marks=pytest.mark.slow), "worker-1"])
 def test_a_killed_worker_loses_nothing(
     folder: Path, server: RunningBroker, tmp_path: Path, undisturbed_late: str, slot: str
 ) -> None:
@@ -103,7 +103,7 @@ POINTS = [
     )
     for when in BEFORE_AND_AFTER
 ]
-QUICK = {KillPoint("gradients_ready", "after", 3), KillPoint("start_step", "after", 3)}
+QUICK = {KillPoint("gradients_ready", "after", 3)}
 
 
 @pytest.mark.parametrize(

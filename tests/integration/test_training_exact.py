@@ -269,7 +269,7 @@ SCHEDULES = [
     {"schedule": "zero-bubble", "stages": 3},
     pytest.param({"schedule": "zero-bubble", "nodes": 2, "stages": 2}, marks=pytest.mark.slow),
     {"schedule": "interleaved", "stages": 4, "workers": 2},
-    {"schedule": "1f1b", "stages": 2, "recompute": True},
+    pytest.param({"schedule": "1f1b", "stages": 2, "recompute": True}, marks=pytest.mark.slow),
 ]
 
 
@@ -350,7 +350,8 @@ def test_in_float64_only_float64s_rounding_is_left(
     _check_against_plain_loop(name, subject, trained, limit=1e-8, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", QUICKLY)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_bfloat16_learns_in_float32_masters(
     subject_of: Subjects, server: RunningBroker, tmp_path: Path, name: str
 ) -> None:
