@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from command_line import lemix
 from lemix import Client
 from lemix.data_dir import DataDir
 from lemix.running import running_cluster
@@ -74,18 +72,3 @@ def test_back_within_seconds(tmp_path: Path) -> None:
         running_cluster(settings, data_dir=directory.path, resume=True),
     ):
         pass
-
-
-def lemix(directory: DataDir, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command in an environment that knows the data directory only."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LEMIX_")}
-    ended = subprocess.run(
-        [sys.executable, "-m", "lemix", *arguments],
-        env=environment | {"LEMIX_DATA_DIR": str(directory.path), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert ended.returncode == status, ended.stderr
-    return ended

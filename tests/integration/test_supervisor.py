@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import lemix
 from lemix import Client
 from lemix.data_dir import DataDir
 from lemix.running import running_cluster
@@ -175,21 +174,6 @@ def test_clusters_share_a_given_broker(
     assert Cluster(other).settings().model == "x"
     other.client.flushall()
     other.client.close()
-
-
-def lemix(directory: DataDir, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run the command in an environment that knows the data directory only."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LEMIX_")}
-    ended = subprocess.run(
-        [sys.executable, "-m", "lemix", *arguments],
-        env=environment | {"LEMIX_DATA_DIR": str(directory.path), "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert ended.returncode == status, ended.stderr
-    return ended
 
 
 def _up(settings: ClusterSettings, directory: DataDir) -> AbstractContextManager[str]:

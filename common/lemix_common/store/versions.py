@@ -28,6 +28,15 @@ from lemix_common.store.rollbacks import BEGIN_LINEAGE, WITHDRAWAL
 
 ENDED_STATES = frozenset({"sealed", "published", "held_back", "failed"})
 
+_END = """
+local function end_operation(id, state)
+  redis.call('HSET', K.operation(id), 'state', state)
+  redis.call('SREM', K.operations, id)
+  redis.call('EXPIRE', K.operation(id), 3600)
+end
+"""
+"""Lua: an operation has come to its end; its record stays for a while."""
+
 _OPEN = Lua(
     "open_operation",
     NOTICE
@@ -46,15 +55,12 @@ return {'ok'}
 _ADVANCE = Lua(
     "advance_operation",
     NOTICE
+    + _END
     + """
 local id, from, to, ended, fields = ARGV[1], ARGV[2], ARGV[3], ARGV[4], cjson.decode(ARGV[5])
 if redis.call('HGET', K.operation(id), 'state') ~= from then return {'stale'} end
 for name, value in pairs(fields) do redis.call('HSET', K.operation(id), name, value) end
-redis.call('HSET', K.operation(id), 'state', to)
-if ended == '1' then
-  redis.call('SREM', K.operations, id)
-  redis.call('EXPIRE', K.operation(id), 3600)
-end
+if ended == '1' then end_operation(id, to) else redis.call('HSET', K.operation(id), 'state', to) end
 notice('OperationAdvanced', 'operation', id, 'state', to)
 return {'ok'}
 """,
@@ -110,14 +116,14 @@ return {'ok'}
 _SEAL = Lua(
     "seal_snapshot",
     NOTICE
+    + _END
     + """
 local id, written, directory, sha256 = unpack(ARGV)
 local state, kind, run, step, version, at = unpack(
   redis.call('HMGET', K.operation(id), 'state', 'kind', 'run', 'step', 'version', 'directory'))
 if state ~= 'writing' or at ~= written then return {'stale'} end
-redis.call('HSET', K.operation(id), 'state', 'sealed', 'directory', directory, 'sha256', sha256)
-redis.call('SREM', K.operations, id)
-redis.call('EXPIRE', K.operation(id), 3600)
+redis.call('HSET', K.operation(id), 'directory', directory, 'sha256', sha256)
+end_operation(id, 'sealed')
 local newest = tonumber(redis.call('HGET', K.run(run), 'checkpoint') or '0')
 if kind == 'checkpoint' then
   redis.call('HSET', K.checkpoints(run), version, directory)
@@ -165,6 +171,7 @@ return {'ok'}
 _PUBLISH = Lua(
     "publish_version",
     NOTICE
+    + _END
     + REPLY
     + BEGIN_LINEAGE
     + """
@@ -190,17 +197,13 @@ if able == 0 then return {'waiting'} end
 local old = redis.call('HGET', K.versions, 'served')
 if old == version then -- published by another operation: it must not become the one that is retired
   redis.call('HDEL', K.versions, 'preparing')
-  redis.call('HSET', K.operation(id), 'state', 'published')
-  redis.call('SREM', K.operations, id)
-  redis.call('EXPIRE', K.operation(id), 3600)
+  end_operation(id, 'published')
   return {'ok'}
 end
 redis.call('HSET', K.versions, 'served', version, 'draining', old)
 redis.call('HDEL', K.versions, 'preparing')
 redis.call('HSET', K.version(version), 'published_at', now)
-redis.call('HSET', K.operation(id), 'state', 'published')
-redis.call('SREM', K.operations, id)
-redis.call('EXPIRE', K.operation(id), 3600)
+end_operation(id, 'published')
 notice('VersionPublished', 'version', version)
 for n = 0, nodes - 1 do
   local epoch = redis.call('HGET', K.node(n), 'epoch')

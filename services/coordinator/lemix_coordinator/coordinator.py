@@ -341,8 +341,9 @@ def decide(view: ClusterView) -> Iterator[Command]:
         opened = {command.kind for command in trained if isinstance(command, OpenSnapshot)}
         yield from trained
         for command in snapshots(view):
-            if not (
+            is_twin = (
                 isinstance(command, OpenSnapshot) and command.kind in opened
-            ):  # one does for both reasons
+            )  # one does for both reasons
+            if not is_twin:
                 yield command
         yield from forget(view)

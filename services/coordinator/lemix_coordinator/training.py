@@ -12,7 +12,7 @@ def train(view: ClusterView) -> Iterator[StartStep | LoadTraining | OpenSnapshot
     """The next thing training needs, if anything.
 
     An attempt whose members all live goes on, where steps overlap with the next planned step. Otherwise, with every
-    able node at the committed step: the next planned step, unless training costs requests too much for now. A node that
+    able node at the committed step: the next planned step, unless training costs requests too much. A node that
     lacks the committed state takes it from a checkpoint that living stages write now; where nobody
     has that state any more, all go back to the last checkpoint and replay the committed steps.
     """

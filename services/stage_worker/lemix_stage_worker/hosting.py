@@ -308,18 +308,15 @@ class Hosting:
 
         def failed(error: Exception) -> None:
             log.error("training_refused", node=host.node, stage=host.stage, reason=str(error))
-            if isinstance(error, WeightsDamaged):
-                self.background.do(
-                    lambda: self._refuse_training(notice, error),
-                    lambda is_refused: None if is_refused or host.epoch != epoch else begin_afresh(error),
-                )
-            else:
-                begin_afresh(error)
 
-        def begin_afresh(
-            error: Exception,
-        ) -> None:  # the files went, since there is a newer checkpoint, or the disk
-            self.background.failure = error
+            def refused(is_refused: bool) -> None:
+                if not is_refused and host.epoch == epoch:
+                    self.background.failure = error
+
+            if isinstance(error, WeightsDamaged):
+                self.background.do(lambda: self._refuse_training(notice, error), refused)
+            else:  # the files went, since there is a newer checkpoint, or the disk
+                self.background.failure = error
 
         self.background.do(load, loaded, failed)
 

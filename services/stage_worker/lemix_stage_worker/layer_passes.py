@@ -15,7 +15,7 @@ the head's gradient up chunk by chunk, which rounds differently from one graph; 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -102,25 +102,11 @@ class LayerPass:
 
     def backward(self, gradient_BTD: Tensor) -> Iterator[None]:
         """Run them backwards, accumulating the parameters' gradients; yields after each layer."""
-        gradient: Tensor | None = gradient_BTD
-        for graph in self._backwards():
-            yield from _computed(graph)
-            assert gradient is not None
-            gradient = graph.input_gradient(gradient)
-            graph.weight_gradient()
-            yield
-        self.gradient = gradient
+        return self._go_back(gradient_BTD, LayerGraph.weight_gradient)
 
     def input_gradient(self, gradient_BTD: Tensor) -> Iterator[None]:
         """The first half of `backward`: the input's gradient alone; yields after each layer."""
-        gradient: Tensor | None = gradient_BTD
-        for graph in self._backwards():
-            yield from _computed(graph)
-            assert gradient is not None
-            gradient = graph.input_gradient(gradient)
-            self._halves.append(graph)
-            yield
-        self.gradient = gradient
+        return self._go_back(gradient_BTD, self._halves.append)
 
     def weight_gradient(self) -> Iterator[None]:
         """The second half: accumulate the parameters' gradients; yields after each layer."""
@@ -128,16 +114,19 @@ class LayerPass:
             self._halves.popleft().weight_gradient()
             yield
 
-    def _backwards(self) -> Iterator[LayerGraph]:
+    def _go_back(self, gradient_BTD: Tensor, second_half: Callable[[LayerGraph], None]) -> Iterator[None]:
+        """The input's gradient, layer by layer; ``second_half`` is done with each layer or left for later."""
+        gradient: Tensor | None = gradient_BTD
         while self._graphs:
-            yield self._graphs.pop()
-
-
-def _computed(graph: LayerGraph) -> Iterator[None]:
-    """Compute a layer whose graph wasn't kept."""
-    if graph.output is None:
-        graph.compute()
-        yield
+            graph = self._graphs.pop()
+            if graph.output is None:  # it wasn't kept
+                graph.compute()
+                yield
+            assert gradient is not None
+            gradient = graph.input_gradient(gradient)
+            second_half(graph)
+            yield
+        self.gradient = gradient
 
 
 @dataclass(eq=False)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lemix.cli import versions
 from lemix.cli.errors import EXIT_TARGET_MISSED, clear_errors
+from lemix.cli.options import ClusterOption, DataDirOption, JsonOption, UrlOption, environment_of
 from lemix.cli.redis_reply import show
 from lemix.cli.setting_options import with_setting_options
 from lemix.cli.status_table import status_tables
@@ -32,15 +33,6 @@ from lemix_common.errors import BadInput, BrokerError
 from lemix_common.logs import configure_logs
 from lemix_common.settings import load_settings
 from lemix_common.store.joining import await_broker
-
-DataDirOption = Annotated[
-    Path, typer.Option(envvar="LEMIX_DATA_DIR", help="Where the cluster keeps its state.", show_default=True)
-]
-UrlOption = Annotated[str, typer.Option(envvar="LEMIX_URL", help="URL of the cluster's broker.")]
-ClusterOption = Annotated[
-    str, typer.Option(envvar="LEMIX_CLUSTER", help="Name of the cluster on its broker.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -130,7 +122,7 @@ def status(
     check: Annotated[bool, typer.Option("--check", help="Exit with 3 unless every node can serve.")] = False,
 ) -> None:
     """Show nodes, workers, queues and the served version."""
-    address = find_cluster(url, cluster, _environment(data_dir))
+    address = find_cluster(url, cluster, environment_of(data_dir))
     with Client(address.url, cluster=address.cluster) as client:
         state = client.status()
     if as_json:
@@ -176,12 +168,8 @@ def redis_command(
 
 
 def _connect(url: str, cluster: str, data_dir: Path) -> Broker:
-    address = find_cluster(url, cluster, _environment(data_dir))
+    address = find_cluster(url, cluster, environment_of(data_dir))
     return connect(address.url, address.cluster)
-
-
-def _environment(data_dir: Path) -> Mapping[str, str]:
-    return os.environ | {"LEMIX_DATA_DIR": str(data_dir)}
 
 
 def _say_ready(running: RunningCluster) -> None:

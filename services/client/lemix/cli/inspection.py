@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from rich.live import Live
 
 from lemix.cli.errors import EXIT_FAILED, clear_errors
 from lemix.cli.keyboard import keys
+from lemix.cli.options import ClusterOption, DataDirOption, JsonOption, UrlOption, environment_of
 from lemix.cli.status_table import item_table
 from lemix.discovery import DEFAULT_CLUSTER, DEFAULT_DATA_DIR, find_cluster
 from lemix.doctor import Questions, examine
@@ -26,15 +26,6 @@ from lemix_common.store.items import Items
 
 _WINDOW = 10
 """Frames over which rates are taken."""
-
-DataDirOption = Annotated[
-    Path, typer.Option(envvar="LEMIX_DATA_DIR", help="Where the cluster keeps its state.", show_default=True)
-]
-UrlOption = Annotated[str, typer.Option(envvar="LEMIX_URL", help="URL of the cluster's broker.")]
-ClusterOption = Annotated[
-    str, typer.Option(envvar="LEMIX_CLUSTER", help="Name of the cluster on its broker.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -135,14 +126,10 @@ def url_command(
     data_dir: DataDirOption = Path(DEFAULT_DATA_DIR),
 ) -> None:
     """Print the broker's URL, password included: redis-cli -u "$(lemix url)"."""
-    found = find_cluster(url, cluster, _environment(data_dir)).url
+    found = find_cluster(url, cluster, environment_of(data_dir)).url
     typer.echo(found.replace("://:", "://default:", 1))  # redis-cli sends an empty user's name as it is
 
 
 def _connect(url: str, cluster: str, data_dir: Path) -> Broker:
-    address = find_cluster(url, cluster, _environment(data_dir))
+    address = find_cluster(url, cluster, environment_of(data_dir))
     return connect(address.url, address.cluster, patience_s=0)
-
-
-def _environment(data_dir: Path) -> Mapping[str, str]:
-    return os.environ | {"LEMIX_DATA_DIR": str(data_dir)}

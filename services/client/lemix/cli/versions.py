@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +12,7 @@ import typer
 from rich.console import Console
 
 from lemix.cli.errors import clear_errors
+from lemix.cli.options import ClusterOption, DataDirOption, JsonOption, UrlOption, environment_of
 from lemix.cli.status_table import versions_table
 from lemix.client import Client
 from lemix.discovery import DEFAULT_DATA_DIR, find_cluster
@@ -24,15 +23,6 @@ from lemix_common.store.cluster import MAIN_RUN
 from lemix_common.store.versions import ENDED_STATES, Versions
 
 _CHECKPOINT_TIMEOUT_S = 300.0
-
-DataDirOption = Annotated[
-    Path, typer.Option(envvar="LEMIX_DATA_DIR", help="Where the cluster keeps its state.", show_default=True)
-]
-UrlOption = Annotated[str, typer.Option(envvar="LEMIX_URL", help="URL of the cluster's broker.")]
-ClusterOption = Annotated[
-    str, typer.Option(envvar="LEMIX_CLUSTER", help="Name of the cluster on its broker.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -50,7 +40,7 @@ def versions(
     as_json: JsonOption = False,
 ) -> None:
     """List the weight versions that were published, and those that `lemix rollback` can go back to."""
-    address = find_cluster(url, cluster, _environment(data_dir))
+    address = find_cluster(url, cluster, environment_of(data_dir))
     with Client(address.url, cluster=address.cluster) as client:
         listed = client.versions(count)
     if as_json:
@@ -67,7 +57,7 @@ def checkpoint(
     as_json: JsonOption = False,
 ) -> None:
     """Write a durable checkpoint of the committed steps now."""
-    address = find_cluster(url, cluster, _environment(data_dir))
+    address = find_cluster(url, cluster, environment_of(data_dir))
     versions = Versions(connect(address.url, address.cluster))
     operation = f"checkpoint-{uuid.uuid4().hex}"
     root = (address.data_dir or data_dir).absolute() / "checkpoints"
@@ -101,7 +91,7 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Serve and train the weights of an earlier version again, as a new one."""
-    address = find_cluster(url, cluster, _environment(data_dir))
+    address = find_cluster(url, cluster, environment_of(data_dir))
     began = time.monotonic()
     with Client(address.url, cluster=address.cluster) as client:
         served = client.rollback(version, timeout)
@@ -111,7 +101,3 @@ def rollback(
         if as_json
         else f"version {served} serves the weights of {version}, after {seconds:.1f} s; training goes on from there"
     )
-
-
-def _environment(data_dir: Path) -> Mapping[str, str]:
-    return os.environ | {"LEMIX_DATA_DIR": str(data_dir)}
