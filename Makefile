@@ -48,7 +48,7 @@ test-all: dev  ## All tests.
 	$(BIN)/pytest
 
 bench: dev  ## Benchmarks that this machine can run, as JSON.
-	for name in hop prefill train; do $(BIN)/lemix bench $$name --json || exit; done
+	for name in hop prefill train decode tax; do $(BIN)/lemix bench $$name --json || exit; done
 
 docs: dev  ## Write the pages that are made from the code.
 	$(BIN)/python docs/generate.py

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from devices import on_test_device
 from lemix import Client
 from lemix.connection import connection_over
 from lemix.held_out import read_held_out
@@ -32,6 +33,7 @@ from lemix_common.store.versions import Versions
 from lemix_common.transports import Identity, open_transport
 from lemix_coordinator.coordinator import Coordinator
 from lemix_coordinator.operations.transitions import advance, remove
+from lemix_stage_worker.device import choose_device
 from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
@@ -159,7 +161,8 @@ class InProcessCluster:
         name = WorkerId(f"{slot}-{uuid.uuid4().hex[:6]}")
         broker, inbox, clock = mortal(self.broker, kill_point), Inbox(), SystemClock()
         cluster = Cluster(broker)
-        source = open_model(Path(self.settings.model), dtype=dtype_named(self.settings.dtype))
+        device = choose_device(self.settings.device, slot)
+        source = open_model(Path(self.settings.model), dtype=dtype_named(self.settings.dtype), device=device)
         links = Links(name, open_transport(Identity(name, cluster.secret())), inbox, clock)
         address = links.listen(f"memory:{name}")
         worker = MortalWorker(
@@ -246,12 +249,18 @@ class InProcessCluster:
         )
 
     def has_forgotten_items(self) -> bool:
-        """Whether no worker holds a request, a cache or a place of an item."""
+        """Whether no worker holds a request, a block of its cache or a place of an item."""
         workers = [hosted.worker for hosted in self.workers.values() if hosted.worker is not None]
         return not any(
             [
                 *(worker.serving.requests for worker in workers),
-                *(host.caches for worker in workers for host in worker.hosting.stages.values()),
+                *(host.opened for worker in workers for host in worker.hosting.stages.values()),
+                *(node.batcher.in_flight for worker in workers for node in worker.serving.nodes.values()),
+                *(
+                    node.batcher.pool.num_owned
+                    for worker in workers
+                    for node in worker.serving.nodes.values()
+                ),
                 *(hosted.pulled for hosted in self.workers.values()),
             ]
         )
@@ -305,7 +314,7 @@ def in_process_cluster(
     Who has a kill point (a worker's slot, or `COORDINATOR`) may be dead when this returns.
     """
     torch.set_num_threads(1)  # as a worker process does
-    points = kill_points or {}
+    points, settings = kill_points or {}, on_test_device(settings)
     threads = set(threading.enumerate())
     model = open_model_folder(settings.model, stages=settings.stages)
     held_out = read_held_out(settings.gate_file, model)

@@ -17,13 +17,14 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from devices import DEVICE, DTYPE, NEAR_TIE, TIED_SHARE
 from lemix import TrainItem
 from lemix.model_folder import open_model_folder
 from lemix.preparation import prepare
 from lemix.tokenization import ModelCard, Tokenization, open_tokenization
 from lemix_common.errors import OverLong
 from lemix_common.sampling import GREEDY, Sampling
-from lemix_stage_worker.model.sampling import _scores
+from lemix_stage_worker.model.sampling import Chooser, scores
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 GSM8K = DATA / "text" / "gsm8k_train.jsonl"
@@ -83,8 +84,8 @@ def whole_model(folder: Path) -> PreTrainedModel:
     """The model as transformers loads it, dropout off."""
     disable_progress_bar: Callable[[], None] = logging.disable_progress_bar
     disable_progress_bar()
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    model.train(mode=False)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPE)
+    model.train(mode=False).to(DEVICE)
     return model
 
 
@@ -116,14 +117,17 @@ def train_whole(
         if targets_of_step:
             num_targets = targets_of_step[start // step_examples]
         for prompt, reference in step:
-            logits_TV = model(torch.tensor([[*prompt, *reference]])).logits[0]
+            logits_TV = model(torch.tensor([[*prompt, *reference]], device=DEVICE)).logits[0]
             predicted = logits_TV[len(prompt) - 1 : -1]
-            loss = functional.cross_entropy(predicted, torch.tensor(reference), reduction="sum") / num_targets
+            loss = (
+                functional.cross_entropy(predicted, torch.tensor(reference, device=DEVICE), reduction="sum")
+                / num_targets
+            )
             torch.autograd.backward(loss)
         _load(model, newest)
         optimizer.step()
         optimizer.zero_grad()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
 
 
 def _copy(model: PreTrainedModel) -> list[Tensor]:
@@ -152,39 +156,45 @@ def _counted(name: str, values: Tensor) -> Tensor:
     return torch.cat([query, value])
 
 
-NEAR_TIE = 1e-3
-"""Where the two best logits are closer than this, another sum's rounding may choose the other token."""
-
-
 def assert_tokens_equal(
-    model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int], sampling: Sampling = GREEDY
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Each token is the one the whole model chooses after those before it (either of two in a near tie, but rarely)."""
-    chosen = list(follow_whole(model, prompt, tokens, sampling))
+    chosen = list(follow_whole(model, prompt, tokens, sampling, stop_ids))
     others = [at for at, (token, margin) in enumerate(chosen) if token != tokens[at]]
     assert [at for at in others if chosen[at][1] >= NEAR_TIE] == []
-    assert len(others) <= len(tokens) / 1000
+    assert len(others) <= len(tokens) * TIED_SHARE
 
 
 @torch.no_grad()
 def follow_whole(
-    model: PreTrainedModel, prompt: Sequence[int], tokens: Sequence[int], sampling: Sampling = GREEDY
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] = (),
 ) -> Iterator[tuple[int, float]]:
     """What the whole model, with its own key-value cache, chooses at each position, and by what margin."""
     ids, cache = list(prompt), None
+    chooser = Chooser(sampling, len(prompt), tuple(stop_ids))
+    chooser.note(0, [*prompt, *tokens])
     for index, token in enumerate(tokens):
-        output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        output = model(torch.tensor([ids], device=DEVICE), past_key_values=cache, use_cache=True)
         cache, ids = output.past_key_values, [token]
-        best = _scores(output.logits[0, -1].float(), sampling, len(prompt) + index).topk(2)
+        best = scores(output.logits[0, -1], chooser, len(prompt) + index).topk(2)
         yield int(best.indices[0]), float(best.values[0] - best.values[1])
 
 
 @torch.no_grad()
 def score_whole(model: PreTrainedModel, prompt: Sequence[int], reference: Sequence[int]) -> list[float]:
     """The log-probability of each reference token."""
-    logits_TV = model(torch.tensor([[*prompt, *reference]])).logits[0, len(prompt) - 1 : -1]
+    logits_TV = model(torch.tensor([[*prompt, *reference]], device=DEVICE)).logits[0, len(prompt) - 1 : -1]
     values: list[float] = (
-        -functional.cross_entropy(logits_TV, torch.tensor(reference), reduction="none")
+        -functional.cross_entropy(logits_TV.float(), torch.tensor(reference, device=DEVICE), reduction="none")
     ).tolist()
     return values
 

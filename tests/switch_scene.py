@@ -18,17 +18,17 @@ from transformers import PreTrainedModel
 
 from clusters import InProcessCluster, in_process_cluster
 from lemix import Client, Future, GenerateItem, Generation, TrainItem
+from lemix.replies import TokensGenerated, read_replies
 from lemix_common.broker import Broker
 from lemix_common.clock import wait_until
 from lemix_common.ids import BASE_VERSION
-from lemix_common.messages import TokenChosen
 from lemix_common.sampling import GREEDY, Sampling
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.versions import Versions
 from lemix_stage_worker.hosted_stage import HostedStage
 from lemix_stage_worker.inbox import Finished
 from lemix_stage_worker.model.weights import open_weights
-from lemix_stage_worker.serving import Serving
+from lemix_stage_worker.serving import Request, Serving
 from lemix_stage_worker.worker import Worker
 from mortality import KillPoint
 from numerics.subjects import GENERATED, random_tensors, write_model
@@ -70,16 +70,23 @@ class Holding:
         """Stand between stages 0 and their tokens."""
         take = Serving.token_chosen
 
-        def token_chosen(serving: Serving, host: HostedStage, frame: TokenChosen) -> None:
-            request = serving.requests.get((host.node, frame.item))
-            if request is None or self.after.get(frame.item) != len(request.tokens):
-                take(serving, host, frame)
+        def token_chosen(
+            serving: Serving, host: HostedStage, request: Request, token: int, logprob: str
+        ) -> None:
+            item = request.started.item
+            if self.after.get(item) != len(request.tokens):
+                take(serving, host, request, token, logprob)
                 return
-            del self.after[frame.item]
+            del self.after[item]
             worker = serving.around
             assert isinstance(worker, Worker)
-            go_on = Finished(partial(take, serving, host, frame))
-            self.held[frame.item] = partial(worker.inbox.post, go_on)
+
+            def go_on() -> None:
+                if serving.requests.get((host.node, item)) is request:
+                    take(serving, host, request, token, logprob)
+                    serving.hand_out(host)
+
+            self.held[item] = partial(worker.inbox.post, Finished(go_on))
 
         patch.setattr(Serving, "token_chosen", token_chosen)
 
@@ -215,13 +222,13 @@ class Switching:
 
     def sent(self, item: str) -> list[tuple[int, str]]:
         """The tokens the client was sent, in order, each with its version."""
-        replies: Any = self.broker.client.xrange(self.broker.keys.replies(self.client.name))
-        news: list[Mapping[str, str]] = [fields for _, fields in replies if fields.get("item") == item]
+        entries: Any = self.broker.client.xrange(self.broker.keys.replies(self.client.name))
+        replies = [reply for _, fields in entries if "event" in fields for reply in read_replies(fields)]
         return [
-            (int(token), fields["weights_version"])
-            for fields in news
-            if fields["event"] == "token"
-            for token in fields["tokens"].strip("[]").split(",")
+            (token, reply.weights_version)
+            for reply in replies
+            if isinstance(reply, TokensGenerated) and reply.item == item
+            for token in reply.tokens
         ]
 
 

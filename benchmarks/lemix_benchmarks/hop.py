@@ -56,7 +56,17 @@ MEMCPY_BYTES: Final = 2**20
 REPETITIONS: Final = {STREAM: 40, "shm_1kb": 200, "shm_4mb": 20, "unix_1kb": 200, "unix_4mb": 20}
 LIMITS: Final = {"shm_4mb_over_memcpy": 3.0, "shm_1kb_over_raw_unix": 3.0, "stream_over_raw_stream": 1.5}
 FRAME: Final = RunForward(
-    node=0, stage=1, epoch=1, item="0123456789abcdef", attempt=1, version="0.0", position=0, wants="scores"
+    node=0,
+    stage=1,
+    epoch=1,
+    iteration=7,
+    version="0.0",
+    numbers=(3,),
+    starts=(40,),
+    lengths=(1,),
+    tables=(3,),
+    wants=(1,),
+    slowest_s=0.01,
 )
 
 _ADD = Lua("hop", "return redis.call('XADD', K.work(ARGV[1]), '*', 'item', ARGV[2], 'attempt', 1)")

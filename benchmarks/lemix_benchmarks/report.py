@@ -29,6 +29,8 @@ class Plan:
     seed: int = 0
     quick: bool = False
     """Fewer, smaller rounds: under a minute."""
+    vllm_python: str = ""
+    """The Python of an environment with vLLM, a peer that can't live in ours; empty: there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,8 @@ class Row:
     subject: str
     samples: tuple[float, ...]
     unit: str = SECONDS
+    further: Mapping[str, float] = field(default_factory=dict)
+    """Fields of this bench alone."""
 
     def to_json(self) -> dict[str, object]:
         """As INTERFACES names it."""
@@ -62,6 +66,7 @@ class Row:
             "samples": list(self.samples),
             "median": median(self.samples),
             "p99": percentile_99(self.samples),
+            **self.further,
         }
 
 
@@ -70,19 +75,25 @@ class Target:
     """A limit that a ratio must keep."""
 
     name: str
-    value: float
+    value: float | None
+    """None: what it is about could not be measured, so it is missed."""
     op: str
     limit: float
 
     @property
     def is_met(self) -> bool:
         """Whether it does."""
-        return _OPERATORS[self.op](self.value, self.limit)
+        return self.value is not None and _OPERATORS[self.op](self.value, self.limit)
 
     def to_json(self) -> dict[str, object]:
         """As INTERFACES names it."""
-        names = {"name": self.name, "value": self.value, "op": self.op, "limit": self.limit}
-        return names | {"met": self.is_met}
+        return {
+            "name": self.name,
+            "value": self.value,
+            "op": self.op,
+            "limit": self.limit,
+            "met": self.is_met,
+        }
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,8 +140,11 @@ class Broker:
     def read_group(
         self, stream: str, group: str, consumer: str, *, block_s: float, count: int, after: str = ">"
     ) -> list[Entry]:
-        """New entries for this consumer, or with ``after="0"`` its pending ones; none while the broker is away."""
-        block = _milliseconds(block_s) if after == ">" else None
+        """New entries for this consumer, or its pending ones after an id; none while the broker is away.
+
+        With ``block_s`` 0 it takes what is there.
+        """
+        block = _milliseconds(block_s) if after == ">" and block_s else None
         return self._read(
             lambda: self.client.xreadgroup(group, consumer, {stream: after}, count=count, block=block)
         )

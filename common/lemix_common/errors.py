@@ -13,7 +13,7 @@
     │   └── ShuttingDown         the cluster takes no new items
     ├── ItemError                the item's: it was accepted and ended without an answer
     │   ├── ItemFailed           with its reason
-    │   ├── ItemCancelled        by a client
+    │   ├── ItemCancelled        by a client, or with it
     │   └── ItemUnknown          no such item, or its result has expired
     ├── WaitTimeout              the caller stopped waiting; the item goes on
     ├── BrokerError              the broker's
@@ -82,7 +82,7 @@ class ItemFailed(ItemError):
 
 
 class ItemCancelled(ItemError):
-    """The item was cancelled."""
+    """The item was cancelled, or ended with its client."""
 
 
 class ItemUnknown(ItemError):

@@ -140,9 +140,31 @@ class Keys:
         """List: the tokens generated so far."""
         return self._key("item", item, "tokens")
 
+    def item_logprobs(self, item: str) -> str:
+        """List: these tokens' log-probabilities, each ``[token, logprob, [[token, logprob], …]]``; if asked for."""
+        return self._key("item", item, "logprobs")
+
     def replies(self, client: str) -> str:
         """Stream: what happened to a client's items."""
         return self._key("replies", client)
+
+    @property
+    def deadlines(self) -> str:
+        """Sorted set: the items that have a deadline and haven't ended, by its time in seconds since 1970."""
+        return self._key("deadlines")
+
+    @property
+    def clients(self) -> str:
+        """Set: the clients that have items which end with them."""
+        return self._key("clients")
+
+    def client_items(self, client: str) -> str:
+        """Set: the items that are cancelled when this client goes away."""
+        return self._key("client", client, "items")
+
+    def client_alive(self, client: str) -> str:
+        """String with expiry: the client of such items lives."""
+        return self._key("client", client, "alive")
 
     @property
     def dead_letters(self) -> str:

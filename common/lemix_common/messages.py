@@ -16,69 +16,84 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OpenItem:
+    """From stage to stage, before an item's first row: its number on this node, and how its tokens are chosen.
+
+    Tensors: ids_T, everything known of its sequence, where its tokens depend on it; else none.
+    """
+
+    node: int
+    stage: int
+    epoch: int
+    number: int
+    item: str
+    attempt: int
+    prompt_length: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    min_tokens: int
+    logprobs: int
+    seed: int
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunForward:
-    """Serve some positions of an item on the next stage. Tensors: hidden_BTD; for ``scores`` also targets_T."""
+    """Serve an iteration on the next stage: consecutive tokens of each of these items, all of one version.
+
+    Tensors: hidden_1TD, the rows one behind the other; blocks_N, their block tables likewise; targets_T (-100: not
+    scored), empty if nothing is scored.
+    """
 
     node: int
     stage: int
     epoch: int
-    item: str
-    attempt: int
+    iteration: int
     version: str
-    position: int  # of the first of these tokens
-    wants: str  # "token", "scores" or "nothing": what the last stage computes
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    numbers: tuple[int, ...]  # the items, a row each
+    starts: tuple[int, ...]  # position of a row's first token
+    lengths: tuple[int, ...]
+    tables: tuple[int, ...]  # length of a row's block table
+    wants: tuple[int, ...]  # what the last stage computes of a row: 0 nothing, 1 a token, 2 scores
+    slowest_s: float  # what the slowest stage took so far
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenChosen:
-    """The last stage to stage 0: the token at ``position``."""
+class ForwardDone:
+    """The last stage to stage 0: an iteration's results. Tensors: logprobs_T of all scored tokens (float32), if any."""
 
     node: int
     stage: int
     epoch: int
-    item: str
-    attempt: int
-    position: int
-    token: int
-    logprob: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoresComputed:
-    """The last stage to stage 0: the log-probability of each reference token. Tensors: logprobs_T (float32)."""
-
-    node: int
-    stage: int
-    epoch: int
-    item: str
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReleaseItem:
-    """From stage to stage, behind the item's last step: it has ended on this node; free its cache."""
-
-    node: int
-    stage: int
-    epoch: int
-    item: str
-    attempt: int
+    iteration: int
+    tokens: tuple[int, ...]  # of the rows that want one, in order; -1: the item has left
+    logprobs: tuple[str, ...]  # of the same rows, where they are asked for; else empty texts
+    slowest_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardFailed:
-    """A later stage to stage 0: this item can't be computed, and why."""
+    """A later stage to stage 0: this iteration can't be computed, and why."""
+
+    node: int
+    stage: int
+    epoch: int
+    iteration: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseItem:
+    """From stage to stage: the item has ended on this node, or begins again there."""
 
     node: int
     stage: int
     epoch: int
     item: str
     attempt: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,11 +151,11 @@ class AddTiedGradient:
 
 
 Frame = (
-    RunForward
-    | TokenChosen
-    | ScoresComputed
-    | ReleaseItem
+    OpenItem
+    | RunForward
+    | ForwardDone
     | ForwardFailed
+    | ReleaseItem
     | TrainForward
     | TrainBackward
     | AddShardGradients
@@ -279,7 +294,7 @@ class VersionRetired:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemCancelled:
-    """A client took its item back; the node that runs it may forget it."""
+    """An item was taken back by its client, since that is gone, or past its deadline; its node may forget it."""
 
     item: str
     node: int

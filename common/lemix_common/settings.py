@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 UPDATE_RULES = ("finish", "rebuild")
 REPLICAS = ("allreduce", "independent")
 ORDERS = ("urgency", "fifo")
+BATCHING_RULES = ("iteration", "paper")
 DTYPES = ("", "float32", "bfloat16", "float64")
 
 
@@ -66,6 +68,8 @@ class ClusterSettings:
     """Keep only the inputs of layers for the backward and compute the rest again: less memory, 38 % more time."""
     dtype: str = ""
     """What weights are computed in: float32, bfloat16 (trained with float32 masters) or float64; empty: the model's."""
+    device: str = "cpu"
+    """Where workers compute: cpu, cuda (the machine's GPUs by turns), cuda:N, or auto (cuda where there is a GPU)."""
     max_step_wait_s: float = 0.0
     """Plan a partial step when its oldest example has waited this long; 0: only on flush."""
     learning_rate: float = 1e-4
@@ -104,19 +108,31 @@ class ClusterSettings:
     """Accepted items that have not ended; more are refused with QueueFull."""
     max_running: int = 16
     """Requests that run on a node at a time."""
+    batching: str = "iteration"
+    """How they share forward passes: iteration (continuous, prompts in chunks), or paper, the LeMix paper's rule."""
+    max_batch_tokens: int = 256
+    """Tokens of one forward pass, at most."""
+    max_block_ms: float = 20.0
+    """What others may add to the time between two tokens: prompts are cut into chunks that take about so long."""
+    batch_wait_ms: float = 10.0
+    """With paper batching: how long a node without requests waits for more than one."""
+    kv_bytes: int = 2**30
+    """Keys and values that a stage may hold, at most; less if `max_running` whole contexts take less."""
     max_deliveries: int = 5
     """Times in a row that an item may lose its stages without having got further, before it is dead-lettered."""
     result_ttl_s: float = 3600.0
     """How long results can be asked for."""
     heartbeat_expiry_s: float = 3.0
     """A worker that was silent for this long is dead."""
+    client_expiry_s: float = 10.0
+    """A client that was silent for this long is gone: its streams, and what else ends with it, are cancelled."""
     takeover_after_s: float = 20.0
     """A lost stage waits this long for a fresh worker, then a living one hosts it too."""
 
     def __post_init__(self) -> None:
         for name in (
             "nodes", "stages", "step_examples", "virtual_shards", "publish_every", "checkpoint_every",
-            "keep_checkpoints", "max_queue", "max_running", "max_deliveries",
+            "keep_checkpoints", "max_queue", "max_running", "max_batch_tokens", "kv_bytes", "max_deliveries",
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in (
@@ -133,9 +149,16 @@ class ClusterSettings:
             "warmup_steps",
             "max_gradient_norm",
             "max_training_tax",
+            "batch_wait_ms",
         ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("learning_rate", "result_ttl_s", "heartbeat_expiry_s", "takeover_after_s"):
+        for name in (
+            "learning_rate",
+            "result_ttl_s",
+            "heartbeat_expiry_s",
+            "client_expiry_s",
+            "takeover_after_s",
+        ):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
         _require(self.policy in POLICIES, "policy", self.policy, "one of " + ", ".join(POLICIES))
@@ -158,6 +181,9 @@ class ClusterSettings:
             self.max_gradient_norm,
             "0 with independent replicas, which have no common norm",
         )
+        _require(
+            self.batching in BATCHING_RULES, "batching", self.batching, "one of " + ", ".join(BATCHING_RULES)
+        )
         _require(self.order in ORDERS, "order", self.order, "one of " + ", ".join(ORDERS))
         share = self.min_training_share
         _require(0 <= share <= 0.9, "min_training_share", share, "between 0 and 0.9")
@@ -173,6 +199,8 @@ class ClusterSettings:
 
     def _check_schedule(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(filter(None, DTYPES)))
+        is_device = re.fullmatch(r"cpu|auto|cuda(:\d+)?", self.device) is not None
+        _require(is_device, "device", self.device, "cpu, cuda, cuda:N or auto")
         _require(
             not (self.microbatches and self.microbatch_tokens),
             "microbatch_tokens",

@@ -82,15 +82,15 @@ def blocked_by_item(spans: Iterable[Span]) -> dict[str, float]:
     """How long each item's ready steps waited behind training, over all stages."""
     blocked: dict[str, float] = {}
     for span in spans:
-        if span.get("item") and span.get("blocked_s"):
-            blocked[span["item"]] = blocked.get(span["item"], 0.0) + float(span["blocked_s"])
+        for item, waited_s in span.get("waits", {}).items():
+            blocked[item] = blocked.get(item, 0.0) + float(waited_s)
     return blocked
 
 
 def stage_seconds(spans: Iterable[Span]) -> dict[str, float]:
-    """The sum of each item's stage times."""
+    """The sum of each item's stage times, of those spans that were its alone."""
     seconds: dict[str, float] = {}
     for span in spans:
-        if span.get("item"):
+        if span.get("item") and not span.get("others"):
             seconds[span["item"]] = seconds.get(span["item"], 0.0) + span["end"] - span["start"]
     return seconds

@@ -25,8 +25,8 @@ SERVICES = ("lemix_coordinator", "lemix_stage_worker", "lemix")
 PURE_COMMON = {
     f"lemix_common.{name}"
     for name in (
-        *("errors", "ids", "keys", "messages", "metrics"),
-        *("partition", "sampling", "schedules", "settings", "wire"),
+        *("errors", "ids", "keys", "logprobs", "messages", "metrics", "partition"),
+        *("sampling", "schedules", "settings", "stopped_text", "text_stream", "wire"),
     )
 }
 """Values and functions of values; what a service's own pure files may use."""
@@ -57,6 +57,7 @@ RULES: Mapping[str, frozenset[str]] = {
             "structlog",
             "numpy",
             "safetensors",
+            "tokenizers",
             "torch",
             "transformers",
             "huggingface_hub",
@@ -69,18 +70,23 @@ RULES: Mapping[str, frozenset[str]] = {
         {"lemix_studies", "lemix", "matplotlib", "numpy", "rich", "structlog", "tokenizers", "typer"}
     )
     | {"lemix_coordinator"},
+    "lemix_benchmarks/vllm_peer.py": frozenset({"vllm"}),  # it runs in an environment without us
     "lemix_benchmarks/*": frozenset(
         {"lemix_benchmarks", "lemix", "lemix_stage_worker", "numpy", "redis", "rich", "structlog", "typer"}
     )
-    | {"lemix_studies", "safetensors", "torch", "transformers", "tokenizers", "psutil"},
+    | {"lemix_studies", "safetensors", "torch", "transformers", "tokenizers", "psutil"}
+    | {"vllm"},  # by a peer, in an environment of its own
 }
 
 PURE_FILES = {
     f"lemix_coordinator/{name}.py"
     for name in ("commands", "placement", "policies", "snapshots", "steps", "training", "transitions", "view")
 } | {
-    f"lemix_common/schedules/{name}.py"
-    for name in ("__init__", "action", "memory", "orders", "picture", "timing", "validation")
+    "lemix_stage_worker/finishing.py",
+    *(
+        f"lemix_common/schedules/{name}.py"
+        for name in ("__init__", "action", "memory", "orders", "picture", "timing", "validation")
+    ),
 }
 """A service's decisions, and what they share with the worker: functions of values."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from clusters import InProcessCluster
 from lemix import Client, Future, GenerateItem, ScoreItem, TrainItem
+from lemix.replies import ItemEnded, Reply, TokensGenerated, read_replies
 from lemix_common.broker import Broker
 from lemix_common.clock import wait_until
 from lemix_common.ids import ItemId
@@ -98,8 +99,8 @@ class Load:
         """Every item ended once, as done; no token twice or missing; nothing is left in any queue."""
         news = self._news()
         for future in self.futures:
-            ends = [event for event in news[future.item_id] if event["event"] in ENDS]
-            assert [end["event"] for end in ends] == ["done"], (future.item_id, news[future.item_id])
+            ends = [reply for reply in news[future.item_id] if isinstance(reply, ItemEnded)]
+            assert [end.state for end in ends] == ["done"], (future.item_id, news[future.item_id])
             answer = future.result(0)
             if hasattr(answer, "tokens"):
                 assert streamed(news[future.item_id]) == list(answer.tokens), news[future.item_id]
@@ -125,12 +126,13 @@ class Load:
             future.item_id for future in trained
         ]
 
-    def _news(self) -> dict[ItemId, list[dict[str, str]]]:
-        replies: Any = self.broker.client.xrange(self.broker.keys.replies(self.client.name))
-        news: defaultdict[ItemId, list[dict[str, str]]] = defaultdict(list)
-        for _, fields in replies:
-            if "item" in fields:
-                news[fields["item"]].append(fields)
+    def _news(self) -> dict[ItemId, list[Reply]]:
+        entries: Any = self.broker.client.xrange(self.broker.keys.replies(self.client.name))
+        news: defaultdict[ItemId, list[Reply]] = defaultdict(list)
+        for _, fields in entries:
+            if "event" in fields:
+                for reply in read_replies(fields):
+                    news[reply.item].append(reply)
         return news
 
     def _leftovers(self) -> list[str]:
@@ -145,13 +147,13 @@ class Load:
         return left + ([] if self.cluster.has_forgotten_items() else ["caches or requests"])
 
 
-def streamed(news: list[dict[str, str]]) -> list[int]:
+def streamed(news: list[Reply]) -> list[int]:
     """The tokens a client was sent; each position once, in order."""
     tokens: list[int] = []
-    for event in news:
-        if event["event"] == "token":
-            assert int(event["index"]) == len(tokens), event
-            tokens.extend(json.loads(event["tokens"]))
+    for reply in news:
+        if isinstance(reply, TokensGenerated):
+            assert reply.index == len(tokens), reply
+            tokens.extend(reply.tokens)
     return tokens
 
 

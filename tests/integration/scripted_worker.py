@@ -1,7 +1,7 @@
 """A coordinator and worker in one, which answers by arithmetic through the real calls of the store.
 
-A generation repeats its prompt; a score's log-probabilities are minus a hundredth of the token ids; a step's loss is
-its number. Nothing happens but in `work`, so a test decides when.
+A generation repeats its prompt, until something ends it; log-probabilities are minus a hundredth of the token ids; a
+step's loss is its number. Nothing happens but in `work`, so a test decides when.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lemix_common.broker import Broker, Entry
 from lemix_common.ids import BASE_VERSION
+from lemix_common.logprobs import TokenLogprob
 from lemix_common.store.cluster import MAIN_RUN, Cluster
-from lemix_common.store.items import STAGE_0, Items, StartedItem
+from lemix_common.store.items import STAGE_0, Call, ChosenTokens, Items, StartedItem
 from lemix_common.store.training import GradientReport, PlannedStep, Training
 from lemix_common.store.versions import Versions
+from lemix_stage_worker.decoding import lazy_decoder
+from lemix_stage_worker.finishing import finishing_of
 
 
 def bytes_tokenizer() -> str:
@@ -132,19 +135,42 @@ class ScriptedWorker:
             loss = -sum(logprobs) / len(logprobs)
             calls = [items.complete(item, 0, {"loss": loss, "logprobs": logprobs})]
         else:
-            wanted = int(item.fields["max_new_tokens"])
-            tokens = [item.prompt[i % len(item.prompt)] for i in range(wanted)][: self.most_tokens]
-            starts = range(0, len(tokens), self.tokens_at_once)
-            calls = [
-                items.append_tokens(item.item, item.attempt, at, tokens[at : at + self.tokens_at_once])
-                for at in starts
-            ]
-            if len(tokens) == wanted:
-                calls.append(items.complete(item, 0, {"tokens": tokens, "finish_reason": "length"}))
-            else:
-                self._stalled.append(item)
+            calls = self._generate(items, item)
         self.broker.call_many(calls)
         self._report(item)
+
+    def _generate(self, items: Items, item: StartedItem) -> list[Call]:
+        decode = lazy_decoder(Cluster(self.broker).tokenizer)
+        finishing = finishing_of(item.fields, eos_ids=(), tokens=(), decode=decode)
+        tokens: list[int] = []
+        while finishing.finish is None and len(tokens) != self.most_tokens:
+            tokens.append(item.prompt[len(tokens) % len(item.prompt)])
+            finishing.add(tokens[-1])
+        texts = (
+            [logprob_of(token).to_text() for token in tokens]
+            if item.fields.get("logprobs", "0") != "0"
+            else []
+        )
+        at_once = self.tokens_at_once
+        calls = [
+            items.append_tokens(
+                [
+                    ChosenTokens(
+                        item.item,
+                        item.attempt,
+                        at,
+                        tuple(tokens[at : at + at_once]),
+                        tuple(texts[at : at + at_once]),
+                    )
+                ]
+            )
+            for at in range(0, len(tokens), at_once)
+        ]
+        if finishing.finish is None:
+            self._stalled.append(item)
+        else:
+            calls.append(items.complete(item, 0, finishing.result(tokens, texts)))
+        return calls
 
     def _report(self, item: StartedItem) -> None:
         """Every item takes a tenth of a second, a fifth of it behind training."""
@@ -210,6 +236,11 @@ class ScriptedWorker:
         versions.prepared(version, node=0, stage=0, epoch=epoch)
         assert versions.publish(operation) in {"ok", "stale"}  # stale: done, but the broker's answer was lost
         versions.retire(self.leader_epoch)
+
+
+def logprob_of(token: int) -> TokenLogprob:
+    """What this worker thinks of a token, and of the one before it."""
+    return TokenLogprob(token, -token / 100, ((token - 1, -token / 200), (token, -token / 100)))
 
 
 def _order(entry_id: str) -> tuple[int, ...]:

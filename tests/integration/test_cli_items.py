@@ -16,6 +16,7 @@ from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
 from lemix.cli.items import register
 from lemix_common.server import RunningBroker
 from lemix_common.store.cluster import Cluster
+from lemix_common.store.items import Items
 
 Run = Callable[..., Result]
 
@@ -56,11 +57,58 @@ def test_json_is_one_object(run: Run) -> None:
     asked = ("generate", "ab", "--max-new-tokens", "2", "--on-update", "rebuild", "--json")
     generated = json.loads(run(*asked).stdout)
     assert generated["version_spans"] == [[0, "0.0"]]
+    assert generated["ttft_s"] == generated["token_times_s"][0] <= generated["response_s"]
+    assert (len(generated["token_times_s"]), scored["response_s"] > 0) == (2, True)
     assert (generated["text"], generated["finish_reason"], generated["weights_version"]) == (
         "ab",
         "length",
         "0.0",
     )
+
+
+def test_urgency_and_deadline_are_the_items(run: Run, worker: ScriptedWorker) -> None:
+    """As the options say."""
+    for arguments in (("generate", "ab", "--max-new-tokens", "2"), ("score", "a", "b")):
+        answer = json.loads(run(*arguments, "--priority", "-2", "--deadline", "60", "--json").stdout)
+        item = Items(worker.broker).get(answer["item"])
+        assert item["priority"] == "-2"
+        assert float(item["deadline_at"]) - float(item["submitted_at"]) == pytest.approx(60)
+
+
+def test_what_ends_a_text_is_not_shown(run: Run) -> None:
+    """Stops may be repeated; JSON says which it was, and each token's log-probabilities where asked for."""
+    at_most = ("--max-new-tokens", "9")
+    assert run("generate", "ab né", *at_most, "--stop", "x", "--stop", "é").stdout == "ab n\n"
+    assert run("generate", "abc", *at_most, "--stop", "bc", "--include-stop").stdout == "abc\n"
+    asked = ("--stop-id", "66", "--logprobs", "1", "--json")
+    answer = json.loads(run("generate", "abc", *at_most, *asked).stdout)
+    assert (answer["finish_reason"], answer["stop_reason"], answer["text"]) == ("stop", 66, "ab")
+    assert [entry["token"] for entry in answer["logprobs"]] == answer["tokens"]
+
+
+def test_how_to_choose_is_the_items(run: Run, worker: ScriptedWorker) -> None:
+    """Every option reaches the worker."""
+    options = {
+        "temperature": "0.5",
+        "top_k": "5",
+        "top_p": "0.9",
+        "min_p": "0.1",
+        "repetition_penalty": "1.2",
+        "min_tokens": "1",
+        "seed": "3",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    answer = json.loads(run("generate", "a", "--max-new-tokens", "1", *arguments, "--json").stdout)
+    item = Items(worker.broker).get(answer["item"])
+    assert {name: item[name] for name in options} == options
+
+
+def test_several_answers_are_shown_in_turn(run: Run) -> None:
+    """Each with its number and why it ended; JSON is still one object."""
+    arguments = ("generate", "ab", "--max-new-tokens", "2", "--n", "2")
+    assert run(*arguments).stdout == "--- 0 (length)\nab\n--- 1 (length)\nab\n"
+    answers = json.loads(run(*arguments, "--json").stdout)["answers"]
+    assert [answer["text"] for answer in answers] == ["ab", "ab"]
 
 
 def test_train_then_flush(run: Run, tmp_path: Path) -> None:
@@ -78,8 +126,15 @@ def test_train_then_flush(run: Run, tmp_path: Path) -> None:
         (["score", "a", ""], "the reference has no tokens"),
         (["generate", "a", "--max-new-tokens", "64"], "1 prompt + 64 new tokens = 65"),
         (["generate", "a", "--temperature", "-1"], "temperature -1.0 can't be used"),
+        (["generate", "a", "--temperature", "nan"], "temperature nan can't be used"),
+        (["generate", "a", "--stop", ""], "a stop string of 0 characters"),
+        (["generate", "a", "--stop-id", "256"], "stop id 256 is not in the model's vocabulary"),
+        (["generate", "a", "--logprobs", "1"], "--logprobs are shown with --json"),
+        (["generate", "a", "--n", "0"], "n 0 can't be used"),
         (["generate", "a", "--over-long", "shorten"], "--over-long shorten: use reject, truncate, split"),
         (["generate", "a", "--on-update", "redo"], "on_update 'redo': use finish or rebuild"),
+        (["generate", "a", "--priority", "11"], "priority 11: use a whole number from -10 to 10"),
+        (["score", "a", "b", "--deadline", "0"], "deadline_s 0.0: use a number of seconds above 0"),
         (["train", "nothing.jsonl"], "nothing.jsonl can't be read"),
     ],
 )

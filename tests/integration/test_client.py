@@ -8,9 +8,9 @@ from tokenizers import Tokenizer
 
 from integration.places import Place, Reopening
 from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
-from lemix import Chunk, Client, GenerateItem, Score, ScoreItem, Trained, TrainItem
+from lemix import Chunk, Client, GenerateItem, Generation, Score, ScoreItem, Trained, TrainItem
 from lemix.replies import Reply, TokensGenerated
-from lemix_common.clock import wait_until
+from lemix_common.clock import ManualClock, wait_until
 from lemix_common.errors import (
     BadInput,
     ItemCancelled,
@@ -74,6 +74,71 @@ def test_a_stream_left_early_cancels_its_item(client: Client, worker: ScriptedWo
         next(stream)
     with pytest.raises(ItemCancelled):
         stream.future.result(SOON_S)
+
+
+def test_an_answer_says_when_it_came(client: Client, worker: ScriptedWorker) -> None:
+    """By the client's clock: the first token, each token and the end, from submission; the stream says the same."""
+    clock = worker.broker.clock = ManualClock(worker.broker.clock.now())
+    worker.most_tokens = 1
+    stream = client.stream([65, 66], 3, timeout=SOON_S)
+    clock.sleep(2.0)
+    worker.work()
+    chunks = [next(stream)]
+    clock.sleep(3.0)
+    worker.most_tokens = None
+    worker.work()
+    chunks += stream
+    answer = stream.future.result(0)
+    assert answer.token_times_s == pytest.approx((2.0, 5.0, 5.0))
+    assert (answer.ttft_s, answer.response_s) == pytest.approx((2.0, 5.0))
+    assert [chunk.at_s for chunk in chunks] == pytest.approx([2.0, 5.0, 5.0, 5.0])
+    scored = client.submit(ScoreItem([1], [2]))
+    clock.sleep(1.0)
+    worker.work()
+    assert scored.result(SOON_S).response_s == pytest.approx(1.0)
+
+
+def test_who_did_not_submit_an_item_knows_no_times(new_client: NewClient, worker: ScriptedWorker) -> None:
+    """The other client's clock began elsewhere."""
+    mine, other = new_client(), new_client()
+    future = mine.submit(GenerateItem([65], 2))
+    stream = other.stream_item(GenerateItem([65], 2, item_id=future.item_id), timeout=SOON_S)
+    worker.work()
+    assert {chunk.at_s for chunk in stream} == {None}
+    answer = other.result(future.item_id, SOON_S)
+    assert isinstance(answer, Generation)
+    assert (answer.ttft_s, answer.response_s, answer.token_times_s) == (None, None, ())
+
+
+def test_a_deadline_counts_from_submission(client: Client, worker: ScriptedWorker) -> None:
+    """An item that hasn't ended by then fails, and its caller is told why."""
+    clock = worker.broker.clock = ManualClock(worker.broker.clock.now())
+    future = client.submit(ScoreItem([1], [2], deadline_s=5.0))
+    in_time = client.submit(ScoreItem([1], [2], deadline_s=7.0))
+    clock.sleep(6.0)
+    assert Items(worker.broker).end_overdue(worker.leader_epoch) == [future.item_id]
+    worker.work()
+    with pytest.raises(ItemFailed, match="deadline passed while queued"):
+        future.result(SOON_S)
+    assert in_time.result(SOON_S).loss == 0.02
+
+
+def test_a_closed_client_cancels_its_streams(new_client: NewClient, worker: ScriptedWorker) -> None:
+    """And whatever else was submitted to end with it; the rest goes on, and nothing is known of the client any more."""
+    client = new_client()
+    stream = client.stream([65], 9)
+    bound = client.submit(ScoreItem([1], [2], while_connected=True))
+    futures = [client.submit(ScoreItem([1], [2])) for _ in range(2)]
+    client.close()
+    assert isinstance(stream.future.exception(0), ItemCancelled)
+    assert isinstance(bound.exception(0), ItemCancelled)
+    for item in (stream.item_id, bound.item_id):
+        assert Items(worker.broker).get(item)["state"] == "cancelled"
+    assert {Items(worker.broker).get(future.item_id)["state"] for future in futures} == {"queued"}
+    keys = worker.broker.keys
+    assert not worker.broker.client.exists(
+        keys.clients, keys.client_items(client.name), keys.client_alive(client.name)
+    )
 
 
 def test_training_ends_when_the_served_weights_contain_it(client: Client, worker: ScriptedWorker) -> None:

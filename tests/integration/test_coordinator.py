@@ -90,10 +90,10 @@ class Scene:
         nodes = Cluster(self.broker).nodes(self.settings.nodes)
         return [[node[f"stage:{stage}"] for stage in range(self.settings.stages)] for node in nodes]
 
-    def submit(self, item: str, kind: str = "generate") -> None:
+    def submit(self, item: str, kind: str = "generate", **fields: object) -> None:
         """Submit an item of three tokens."""
-        fields = {"kind": kind, "tokens": 3, "reference_tokens": 1, "client": "me", "run": MAIN_RUN}
-        Items(self.broker).submit(item, fields, {"prompt": [1, 2], "reference": [3]})
+        about = {"kind": kind, "tokens": 3, "reference_tokens": 1, "client": "me", "run": MAIN_RUN}
+        Items(self.broker).submit(item, about | fields, {"prompt": [1, 2], "reference": [3]})
 
     def item(self, name: str) -> dict[str, str]:
         """An item's hash."""
@@ -327,6 +327,90 @@ def test_an_item_that_kills_is_given_up(new_scene: Callable[..., Scene]) -> None
     ((_, letter),) = letters
     assert letter["item"] == "a"
     assert scene.work(0) == []
+
+
+def test_a_deadline_is_kept_to_a_turn_of_the_loop(ready: tuple[Scene, Coordinator]) -> None:
+    """An item that hasn't ended by then fails; one that is queued for want of a node too, and one without goes on."""
+    scene, coordinator = ready
+    scene.submit("a", deadline_at=scene.clock.now() + 5.0)
+    scene.submit("b")
+    coordinator.tick()
+    for node in range(NODES):
+        scene.broker.client.hdel(scene.broker.keys.node(node), "ready:0")
+    scene.submit("c", deadline_at=scene.clock.now() + 5.0)
+    scene.clock.sleep(4.9)
+    coordinator.tick()
+    assert [scene.item(item)["state"] for item in "abc"] == ["dispatched", "dispatched", "queued"]
+    scene.clock.sleep(0.2)
+    for _ in range(2):
+        coordinator.tick()
+    assert [scene.item(item).get("reason") for item in "abc"] == [
+        "deadline passed while dispatched",
+        None,
+        "deadline passed while queued",
+    ]
+    scene.report_ready()
+    scene.clock.sleep(2.0)
+    coordinator.tick()
+    coordinator.tick()
+    assert scene.broker.client.xlen(scene.broker.keys.submissions) == 0
+    assert scene.broker.hash(scene.broker.keys.totals)["failed"] == "2"
+
+
+def test_an_overdue_example_is_in_no_step(ready: tuple[Scene, Coordinator]) -> None:
+    """It fails while it waits for others to fill its step; these make a step without it."""
+    scene, coordinator = ready
+    scene.submit("a", "train", deadline_at=scene.clock.now() + 5.0)
+    coordinator.tick()
+    scene.clock.sleep(6.0)
+    coordinator.tick()
+    for item in "bc":
+        scene.submit(item, "train")
+    coordinator.tick()
+    training = Training(scene.broker, MAIN_RUN)
+    assert scene.item("a")["reason"] == "deadline passed while queued"
+    assert (training.step(1).items, training.state().planned) == (("b", "c"), 1)
+
+
+def test_what_ends_with_its_client_is_cancelled_when_that_is_gone(ready: tuple[Scene, Coordinator]) -> None:
+    """Not while it lives, and nothing else of that client."""
+    scene, coordinator = ready
+    scene.submit("bound", while_connected=1)
+    scene.submit("free")
+    scene.clock.sleep(60.0)
+    coordinator.tick()
+    assert scene.item("bound")["state"] == "dispatched"
+    scene.broker.client.delete(scene.broker.keys.client_alive("me"))
+    scene.clock.sleep(2.0)
+    for _ in range(2):
+        coordinator.tick()
+    assert [scene.item(item)["state"] for item in ("bound", "free")] == ["cancelled", "dispatched"]
+    assert scene.broker.hash(scene.broker.keys.totals)["cancelled"] == "1"
+
+
+@pytest.mark.parametrize("because", ["a new leader", "an outage"])
+def test_clients_have_the_time_to_be_heard_again(ready: tuple[Scene, Coordinator], because: str) -> None:
+    """Right after its start, or an outage of the broker, the coordinator takes no silent client for gone."""
+    scene, coordinator = ready
+    scene.submit("bound", while_connected=1)
+    scene.clock.sleep(60.0)
+    coordinator.tick()
+    scene.broker.client.delete(scene.broker.keys.client_alive("me"))
+    if because == "a new leader":
+        coordinator = scene.successor()
+    else:
+        scene.broker.outages += 1
+    for _ in range(2):
+        coordinator.tick()
+        assert scene.item("bound")["state"] == "dispatched"
+        scene.clock.sleep(scene.settings.client_expiry_s - 2.0)
+    Items(scene.broker).still_here("me")
+    coordinator.tick()
+    assert scene.item("bound")["state"] == "dispatched"
+    scene.broker.client.delete(scene.broker.keys.client_alive("me"))
+    scene.clock.sleep(2.0)
+    coordinator.tick()
+    assert scene.item("bound")["state"] == "cancelled"
 
 
 def test_an_older_leader_changes_nothing(ready: tuple[Scene, Coordinator]) -> None:

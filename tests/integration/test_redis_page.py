@@ -42,6 +42,8 @@ class Scene:
     cluster: InProcessCluster
     pending: str
     """An item that node 1 has begun and can't end."""
+    client: str
+    """Whose it is, and with whom it ends."""
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +58,11 @@ def scene(server: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> It
             future.result(PATIENCE_S)
         submit_unusable(broker, "unusable")
         with stuck(cluster, "worker-5"):  # the last stage of node 1
-            served = [client.submit(GenerateItem([3, 4], 8, ignore_eos=True)) for _ in range(2)]
+            asked = GenerateItem([3, 4], 8, ignore_eos=True, deadline_s=3600, while_connected=True)
+            served = [client.submit(asked) for _ in range(2)]
             wait_until(lambda: any(f.done() for f in served), what="node 0 answers", timeout_s=PATIENCE_S)
             (waiting,) = [future for future in served if not future.done()]
-            yield Scene(server.url, cluster, str(waiting.item_id))
+            yield Scene(server.url, cluster, str(waiting.item_id), str(client.name))
         waiting.result(PATIENCE_S)
     for key in broker.client.scan_iter(match=f"{broker.keys.prefix}*"):
         broker.client.delete(key)
@@ -102,6 +105,7 @@ QUESTIONS = {
     "8.": (r"coordinator-\w{6}\n\d+", r"leader +coordinator-\w{6}, epoch \d+"),
     "9.": (r"state\n *\d+\) running", r"state +running"),
     "10.": (r"worker-0-\w{6}.*1\) \d{8,}\n2\) \d{8,}", r"worker-0-\w{6} .*\d+ of \d+ MiB"),
+    "What": (r"[0-9a-f]{32}\n.*\d{10}\.\d+\n.*[0-9a-f]{32}.*\(integer\) \d{4}", r"deadline_at"),
     "How": (r"worker-\d-\w{6} memory", r"worker-0-\w{6} .*memory"),
 }
 
@@ -154,7 +158,8 @@ def words(scene: Scene, line: str) -> list[str]:
     worker = scene.cluster.workers["worker-0"].worker
     assert worker is not None
     return [
-        word.replace("$ITEM", scene.pending).replace("$WORKER", worker.name) for word in shlex.split(line)
+        word.replace("$ITEM", scene.pending).replace("$WORKER", worker.name).replace("$CLIENT", scene.client)
+        for word in shlex.split(line)
     ]
 
 

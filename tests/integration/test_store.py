@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from integration.scripted_worker import BYTES_TOKENIZER, MODEL, ScriptedWorker
-from lemix.replies import read_reply
+from lemix.replies import read_replies
 from lemix_common.broker import Broker, Entry
-from lemix_common.clock import wait_until
+from lemix_common.clock import ManualClock, wait_until
 from lemix_common.errors import (
     BadInput,
     Fenced,
@@ -24,7 +24,7 @@ from lemix_common.errors import (
 from lemix_common.ids import Version
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
-from lemix_common.store.items import STAGE_0, Call, Items, StartedItem
+from lemix_common.store.items import STAGE_0, Call, ChosenTokens, Items, StartedItem
 from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.training import GradientReport, PlannedStep, Training
 from lemix_common.store.updates import Updates
@@ -87,6 +87,34 @@ class Store:
         return call() if callable(call) else self.broker.call_many([call])[0]
 
     # ---- shorthands
+    def bring(self, item: str, state: str, **fields: object) -> StartedItem | None:
+        """Submit an item and bring it that far."""
+        self.submit(item, "generate", **fields)
+        if state != "queued":
+            self.broker.call_many([self.items.dispatch(self.leader, self.submission(), 0)])
+        return self.pull() if state == "running" else None
+
+    def told(self, notice: str) -> list[str]:
+        """The items that nodes were told of by notices of a kind."""
+        entries: Any = self.broker.client.xrange(self.broker.keys.control)
+        return [fields["item"] for _, fields in entries if fields["type"] == notice]
+
+    def clear_away(self) -> None:
+        """What coordinator and nodes do with entries of items that have ended; no stream keeps any."""
+        self.broker.call_many(
+            [
+                self.items.dispatch(self.leader, entry, 0)
+                for entry in self.items.submitted("coordinator", count=9, pending=False)
+            ]
+        )
+        self.broker.call_many([self.items.close_entry(0, entry.id) for entry in self.items.work_of(0)])
+        keys = self.broker.keys
+        assert not self.broker.client.xlen(keys.submissions) + self.broker.client.xlen(keys.work(0))
+        assert not self.broker.client.exists(keys.deadlines, keys.clients, *self._keys_of_client())
+
+    def _keys_of_client(self) -> tuple[str, str]:
+        return self.broker.keys.client_items("me"), self.broker.keys.client_alive("me")
+
     def submit(self, item: str, kind: str = "generate", **fields: object) -> str:
         """Submit an item of three tokens."""
         about = {"kind": kind, "tokens": 3, "reference_tokens": 1, "client": "me", "run": MAIN_RUN}
@@ -107,6 +135,10 @@ class Store:
         self.broker.call_many([self.items.dispatch(self.leader, self.submission(), node)])
         return self.pull(node)
 
+    def append(self, item: str, attempt: int, position: int, tokens: list[int]) -> Call:
+        """The call that gives a client tokens of one item."""
+        return self.items.append_tokens([ChosenTokens(item, attempt, position, tuple(tokens))])
+
     def pull(self, node: int = 0) -> StartedItem:
         """Pull and start the next item of a node."""
         stream = self.broker.keys.work(node)
@@ -124,7 +156,8 @@ class Store:
     def news(self) -> list[str]:
         """What the client was told, in order."""
         entries: Any = self.broker.client.xrange(self.broker.keys.replies("me"))
-        return [f"{fields['item']} {fields['event']}" for _, fields in entries]
+        replies = [reply for _, fields in entries for reply in read_replies(fields)]
+        return [f"{reply.item} {getattr(reply, 'state', 'token')}" for reply in replies]
 
     def totals(self) -> dict[str, str]:
         """The counters of items."""
@@ -291,12 +324,12 @@ def test_every_call_of_an_items_life_may_be_repeated(store: Store) -> None:
     assert (started.prompt, started.reference, started.version, started.attempt) == ((1, 2), (3,), "0.0", 1)
     assert store.item("a")["deliveries"] == "1"
     assert store.broker.hash(store.broker.keys.versions_in_flight) == {"0.0": "1"}
-    assert store.twice(store.items.append_tokens("a", 1, 0, [7, 8])) == ["ok"]
-    assert store.twice(store.items.append_tokens("a", 1, 1, [8, 9])) == ["ok"]
-    assert store.unchanged_by(store.items.append_tokens("a", 1, 5, [1])) == ["gap", 3]
+    assert store.twice(store.append("a", 1, 0, [7, 8])) == ["ok"]
+    assert store.twice(store.append("a", 1, 1, [8, 9])) == ["ok"]
+    assert store.unchanged_by(store.append("a", 1, 5, [1])) == ["gap"]
     assert store.items.tokens("a") == [7, 8, 9]
     assert store.twice(store.items.complete(started, 0, {"tokens": [7, 8, 9]})) == ["ok"]
-    assert store.unchanged_by(store.items.append_tokens("a", 1, 3, [1])) == ["stale"]
+    assert store.unchanged_by(store.append("a", 1, 3, [1])) == ["stale"]
     assert store.unchanged_by(store.items.fail(started, 0, "late")) == ["stale"]
     assert store.news() == ["a token", "a token", "a done"]
     assert store.totals() == {"submitted": "1", "done": "1"}
@@ -328,7 +361,7 @@ def test_no_call_of_a_batch_overtakes_another(store: Store) -> None:
     first, second = store.start("a"), store.start("b")
     store.broker.client.script_flush()
     store.broker.call_many([store.items.complete(first, 0, {})])
-    batch = [store.items.append_tokens("b", 1, 0, [7]), store.items.complete(second, 0, {"tokens": [7]})]
+    batch = [store.append("b", 1, 0, [7]), store.items.complete(second, 0, {"tokens": [7]})]
     assert store.broker.call_many(batch) == [["ok"], ["ok"]]
     assert store.news() == ["a done", "b token", "b done"]
 
@@ -336,17 +369,17 @@ def test_no_call_of_a_batch_overtakes_another(store: Store) -> None:
 def test_an_older_attempt_says_nothing_any_more(store: Store) -> None:
     """After a redispatch its start, tokens, result and failure are stale; the item's tokens stay and go on."""
     first = store.start("a")
-    store.broker.call_many([store.items.append_tokens("a", 1, 0, [7])])
+    store.broker.call_many([store.append("a", 1, 0, [7])])
     (entry,) = store.items.work_of(0)
     redispatch = store.items.redispatch(store.leader, 0, entry, target=0, reason="lost")
     assert store.twice(redispatch) == ["ok"]
     assert store.unchanged_by(lambda: store.items.start(0, "w", [entry])[0]) == []
-    assert store.unchanged_by(store.items.append_tokens("a", 1, 1, [8])) == ["stale"]
+    assert store.unchanged_by(store.append("a", 1, 1, [8])) == ["stale"]
     assert store.unchanged_by(store.items.complete(first, 0, {})) == ["stale"]
     assert store.unchanged_by(store.items.fail(first, 0, "x")) == ["stale"]
     second = store.pull()
     assert (second.attempt, second.tokens, second.version) == (2, (7,), first.version)
-    assert store.broker.call_many([store.items.append_tokens("a", 2, 1, [8])]) == [["ok"]]
+    assert store.broker.call_many([store.append("a", 2, 1, [8])]) == [["ok"]]
     assert store.items.tokens("a") == [7, 8]
     assert store.broker.hash(store.broker.keys.versions_in_flight) == {"0.0": "1"}
 
@@ -380,7 +413,7 @@ def test_an_item_that_gets_further_is_not_given_up(store: Store) -> None:
     """However often its stages are lost: one that was the cause would lose them at the same token each time."""
     started = store.start("a")
     for position in range(5):
-        append = store.items.append_tokens("a", started.attempt, position, [7])
+        append = store.append("a", started.attempt, position, [7])
         assert store.broker.call_many([append]) == [["ok"]]
         (entry,) = store.items.work_of(0)
         redispatch = store.items.redispatch(store.leader, 0, entry, target=0, reason="its stages were lost")
@@ -425,10 +458,131 @@ def test_a_cancelled_item_ends_once(store: Store, when: str) -> None:
         store.broker.call_many([store.items.dispatch(store.leader, store.submission(), 0)])
     for entry in store.items.work_of(0):
         if when == "running":
-            assert store.unchanged_by(store.items.append_tokens("a", started.attempt, 0, [1])) == ["stale"]
+            assert store.unchanged_by(store.append("a", started.attempt, 0, [1])) == ["stale"]
         store.twice(store.items.close_entry(0, entry.id))
     assert store.broker.client.xlen(store.broker.keys.work(0)) == 0
     assert store.broker.client.xlen(store.broker.keys.submissions) == 0
+
+
+@pytest.mark.parametrize("state", ["queued", "dispatched", "running"])
+def test_a_deadline_ends_an_item_once(store: Store, state: str) -> None:
+    """Wherever it is: it fails with the reason, its node is told, and what that says afterwards is stale."""
+    clock = store.broker.clock = ManualClock(1000.0)
+    started = store.bring("a", state, deadline_at=1060.0)
+    clock.sleep(59.0)
+    assert store.unchanged_by(lambda: store.items.end_overdue(store.leader)) == []
+    clock.sleep(1.0)
+    assert store.twice(lambda: store.items.end_overdue(store.leader)) == ["a"]
+    assert store.item("a")["reason"] == f"deadline passed while {state}"
+    assert (store.news(), store.totals()) == (["a failed"], {"submitted": "1", "failed": "1"})
+    assert store.told("ItemCancelled") == ([] if state == "queued" else ["a"])
+    assert store.unchanged_by(lambda: store.items.cancel("a")) is False
+    if started:
+        assert store.unchanged_by(store.append("a", 1, 0, [7])) == ["stale"]
+        assert store.broker.call_many([store.items.complete(started, 0, {})]) == [["stale"]]
+    assert store.item("a")["state"] == "failed"
+    store.clear_away()
+
+
+@pytest.mark.parametrize("end", ["done", "failed", "cancelled"])
+def test_an_item_that_ended_has_no_deadline(store: Store, end: str) -> None:
+    """Whatever ended it first stays."""
+    clock = store.broker.clock = ManualClock(1000.0)
+    started = store.bring("a", "running", deadline_at=1060.0)
+    assert started is not None
+    match end:
+        case "done":
+            store.broker.call_many([store.items.complete(started, 0, {})])
+        case "failed":
+            store.broker.call_many([store.items.fail(started, 0, "too hot")])
+        case _:
+            assert store.items.cancel("a")
+    clock.sleep(61.0)
+    assert store.unchanged_by(lambda: store.items.end_overdue(store.leader)) == []
+    assert store.item("a")["state"] == end
+    store.clear_away()
+
+
+def test_a_deadline_that_has_passed_is_refused(store: Store) -> None:
+    """Nothing is queued; the id of an item that exists is a no-op all the same."""
+    clock = store.broker.clock = ManualClock(1000.0)
+    with pytest.raises(BadInput, match="deadline of item a has passed"):
+        store.submit("a", deadline_at=1000.0)
+    assert store.item("a") == {}
+    store.submit("a", deadline_at=1060.0)
+    clock.sleep(61.0)
+    assert store.submit("a", deadline_at=1060.0) == "queued"
+    assert store.totals() == {"submitted": "1", "open": "1"}
+
+
+def test_an_examples_deadline_is_over_when_its_step_is_planned(store: Store) -> None:
+    """A queued one fails, and its step is made without it; a planned one is learned."""
+    clock = store.broker.clock = ManualClock(1000.0)
+    for example in ("t1", "t2"):
+        store.submit(example, "train", deadline_at=1060.0)
+    store.plan(1, "t1")
+    clock.sleep(61.0)
+    assert store.twice(lambda: store.items.end_overdue(store.leader)) == ["t2"]
+    assert (store.item("t1")["state"], store.item("t2")["state"]) == ("planned", "failed")
+    assert store.broker.client.ttl(store.broker.keys.item("t2")) > 0
+    assert not store.broker.client.exists(store.broker.keys.item_payload("t2"), store.broker.keys.deadlines)
+
+
+@pytest.mark.parametrize("state", ["queued", "dispatched", "running"])
+def test_an_abandoned_item_is_cancelled_once(store: Store, state: str) -> None:
+    """When its client's key is gone, wherever it is; others of the client go on."""
+    started = store.bring("a", state, while_connected=1)
+    store.submit("asked for later")
+    assert store.unchanged_by(lambda: store.items.cancel_abandoned(store.leader)) == []
+    store.broker.client.delete(store.broker.keys.client_alive("me"))
+    assert store.twice(lambda: store.items.cancel_abandoned(store.leader)) == ["a"]
+    assert (store.item("a")["state"], store.item("asked for later")["state"]) == ("cancelled", "queued")
+    assert store.news() == ["a cancelled"]
+    assert store.told("ItemCancelled") == ([] if state == "queued" else ["a"])
+    if started:
+        assert store.unchanged_by(store.append("a", 1, 0, [7])) == ["stale"]
+    assert store.items.cancel("asked for later")
+    store.clear_away()
+
+
+def test_a_client_is_known_while_something_ends_with_it(store: Store) -> None:
+    """It shows itself, or leaves; with the last such item all that is known of it goes, and it shows no more."""
+    keys, client = store.broker.keys, store.broker.client
+    first = store.bring("a", "running", while_connected=1)
+    store.submit("b", while_connected=1)
+    client.delete(keys.client_alive("me"))
+    assert store.items.still_here("me") == store.settings.client_expiry_s
+    assert 0 < client.pttl(keys.client_alive("me")) <= 1000 * store.settings.client_expiry_s
+    assert store.unchanged_by(lambda: store.items.cancel_abandoned(store.leader)) == []
+    assert first is not None
+    store.broker.call_many([store.items.complete(first, 0, {})])
+    assert client.smembers(keys.client_items("me")) == {"b"}
+    store.twice(lambda: store.items.leave("me"))
+    assert (store.item("a")["state"], store.item("b")["state"]) == ("done", "cancelled")
+    store.unchanged_by(lambda: store.items.still_here("me"))
+    store.clear_away()
+
+
+def test_what_has_ended_is_not_cancelled_with_its_client(store: Store) -> None:
+    """Even if the client's list still had it."""
+    started = store.bring("a", "running", while_connected=1)
+    assert started is not None
+    store.broker.call_many([store.items.complete(started, 0, {})])
+    store.broker.client.sadd(store.broker.keys.client_items("me"), "a")
+    store.items.leave("me")
+    assert (store.item("a")["state"], store.totals()) == ("done", {"submitted": "1", "done": "1"})
+    store.clear_away()
+
+
+def test_an_items_turn_is_told_to_its_node(store: Store) -> None:
+    """Its priority, and when the broker accepted it: the same after its stages were lost."""
+    store.bring("a", "running", priority=3)
+    (entry,) = store.items.work_of(0)
+    about = {"item": "a", "attempt": "1", "priority": "3", "accepted_at": store.item("a")["accepted_at"]}
+    assert entry.fields == about
+    assert store.begin_again("a").fields["priority"] == "3"
+    (entry,) = store.items.work_of(0)
+    assert entry.fields == about | {"attempt": "2"}
 
 
 def test_nobody_cancels_what_is_not_there(store: Store) -> None:
@@ -488,6 +642,8 @@ def test_an_older_leader_changes_nothing(store: Store) -> None:
         lambda: store.training.start_step(
             old, 2, weights=1, members=[0], epochs=[1], shard_nodes=[0], seen=seen
         ),
+        lambda: store.items.end_overdue(old),
+        lambda: store.items.cancel_abandoned(old),
         lambda: store.training.forget_steps(old, 1),
         lambda: store.versions.retire(old),
         lambda: store.versions.load_training(old, seen_attempt=seen.attempt, **loading),  # type: ignore[arg-type]
@@ -707,7 +863,7 @@ def test_every_call_of_a_move_may_be_repeated(store: Store) -> None:
     old = store.start("a")
     move = updates.move("a", 1, node=0, epoch=epoch)
     assert store.unchanged_by(move) == ["ok", "0.0"]
-    store.broker.call_many([store.items.append_tokens("a", 1, 0, [7, 8])])
+    store.broker.call_many([store.append("a", 1, 0, [7, 8])])
     store.commit(1, "t1", "t2")
     store.publish("p1")
     assert store.unchanged_by(updates.move("a", 0, node=0, epoch=epoch)) == ["stale"]
@@ -719,11 +875,11 @@ def test_every_call_of_a_move_may_be_repeated(store: Store) -> None:
     store.publish("p2")
     assert store.twice(move) == ["ok", "0.2"]  # no token came from 0.1
     store.broker.call_many(
-        [store.items.append_tokens("a", 1, 2, [9]), store.items.complete(old, 0, {"tokens": [7, 8, 9]})]
+        [store.append("a", 1, 2, [9]), store.items.complete(old, 0, {"tokens": [7, 8, 9]})]
     )
     assert store.item("a")["version_spans"] == '[[0,"0.0"],[2,"0.2"]]'
     replies: Any = store.broker.client.xrange(store.broker.keys.replies("me"))
-    told = [read_reply(fields) for _, fields in replies if fields["item"] == "a"]
+    told = [reply for _, fields in replies for reply in read_replies(fields) if reply.item == "a"]
     assert [getattr(reply, "version_spans", reply.weights_version) for reply in told] == [
         *("0.0", "0.2"),
         ((0, "0.0"), (2, "0.2")),
@@ -738,11 +894,11 @@ def test_an_item_that_begins_again_may_begin_on_the_served_version(store: Store,
     store.submit("a", on_update=rule)
     store.broker.call_many([store.items.dispatch(store.leader, store.submission(), 0)])
     store.pull()
-    store.broker.call_many([store.items.append_tokens("a", 1, 0, [7])])
+    store.broker.call_many([store.append("a", 1, 0, [7])])
     store.commit(1, "t1", "t2")
     store.publish("p")
     assert store.begin_again("a").version == ("0.1" if rule == "rebuild" else "0.0")
-    store.broker.call_many([store.items.append_tokens("a", 2, 1, [8])])
+    store.broker.call_many([store.append("a", 2, 1, [8])])
     if rule == "finish":
         assert "version_spans" not in store.item("a")
         assert Updates(store.broker).clear_draining(store.leader, "0.0")
@@ -955,7 +1111,8 @@ def test_only_fixed_keys_remain(broker: Broker) -> None:
     scripted.join()
     store = Store(broker, settings, leader=scripted.leader_epoch)
     for round_ in range(3):
-        store.submit(f"generate-{round_}", max_new_tokens=3)
+        bound: dict[str, Any] = {"while_connected": 1, "deadline_at": broker.clock.now() + 3600}
+        store.submit(f"generate-{round_}", "generate", max_new_tokens=3, **bound)
         store.submit(f"score-{round_}", "score")
         for index in range(2):
             store.submit(f"train-{round_}-{index}", "train")

@@ -29,7 +29,9 @@ class Served:
         now = self.clock.now()
         about = {"node": 0, "stage": 0, "worker": "w", "cat": "decode", "version": "0.0"}
         reporter.start()
-        reporter.span(Span(**about, item=self.started.item, start=now - 0.01, end=now, blocked_s=seconds))  # type: ignore[arg-type]
+        item, waits = self.started.item, {self.started.item: seconds}
+        span = Span(**about, item=item, start=now - 0.01, end=now, blocked_s=seconds, waits=waits)  # type: ignore[arg-type]
+        reporter.span(span)
         reporter.close()
 
     def ends(self, *, as_done: bool = True) -> None:

@@ -142,16 +142,23 @@ def test_a_move_holds_up_nobody(
 
 def moves(spans: list[dict[str, Any]]) -> list[float]:
     """When each item's first step on the new version began."""
-    new = [span for span in spans if span["item"].startswith("moving") and span["version"] == "0.1"]
-    return [
-        min(span["start"] for span in new if span["item"] == item) for item in {span["item"] for span in new}
-    ]
+    begins: dict[str, float] = {}
+    for span in spans:
+        for item in items_of(span):
+            if item.startswith("moving") and span["version"] == "0.1":
+                begins[item] = min(span["start"], begins.get(item, span["start"]))
+    return list(begins.values())
 
 
 def moves_between_tokens(spans: list[dict[str, Any]], item: str) -> list[int]:
     """How many of them ran between each two decode steps of another item."""
-    steps = sorted(span["start"] for span in spans if span["item"] == item and span["cat"] == "decode")
+    steps = sorted(span["start"] for span in spans if item in items_of(span) and span["cat"] == "decode")
     return [sum(before < move < after for move in moves(spans)) for before, after in pairwise(steps)]
+
+
+def items_of(span: dict[str, Any]) -> list[str]:
+    """Whose iteration it was."""
+    return [span["item"], *span.get("others", [])]
 
 
 def spans_of(broker: Broker) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from devices import DEVICE, DTYPE
 from lemix_stage_worker.model.source import open_model
 from numerics.subjects import GENERATED, REAL_MODELS, TRAINED, Subject, random_tensors, write_model
 
@@ -41,14 +42,16 @@ def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def subject(model_folder: Path) -> Subject:
     """A model and two random sequences for it."""
-    source = open_model(model_folder)
-    whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_folder, local_files_only=True)
-    whole.train(mode=False)
+    source = open_model(model_folder, dtype=DTYPE, device=DEVICE)
+    whole: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model_folder, local_files_only=True, dtype=DTYPE
+    )
+    whole.train(mode=False).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     return Subject(
         source=source,
         whole=whole,
-        ids=torch.randint(3, source.vocab_size, (2, 24), generator=generator),
+        ids=torch.randint(3, source.vocab_size, (2, 24), generator=generator).to(DEVICE),
     )
 
 

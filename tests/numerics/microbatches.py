@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from devices import DEVICE
 from lemix_stage_worker.layer_passes import HeadPass, LayerPass
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.scoring import NO_TARGET
@@ -64,7 +65,7 @@ def examples(vocab_size: int, lengths: Sequence[int] = LENGTHS) -> list[Row]:
     generator = torch.Generator().manual_seed(2)
     rows = []
     for length in lengths:
-        ids_BT = torch.randint(RARE + 1, vocab_size, (1, length), generator=generator)
+        ids_BT = torch.randint(RARE + 1, vocab_size, (1, length), generator=generator).to(DEVICE)
         targets_BT = ids_BT.roll(-1)
         targets_BT[0, 0] = targets_BT[0, -1] = NO_TARGET
         rows.append(Row(ids_BT, targets_BT))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from devices import DEVICE
 from lemix_stage_worker.activation_memory import (
     SavedTensors,
     StageMemory,
@@ -46,7 +47,7 @@ def test_what_a_microbatch_holds_is_told(
     for stage in loaded_stages(subject.source, 2, torch.float32):
         predicted = measure_activations(stage).held(lengths, recompute=recompute)
         assert predicted == pytest.approx(really_held(stage, source, lengths, recompute=recompute), rel=0.1)
-        source = torch.zeros(1, sum(lengths), subject.source.hidden_size)
+        source = torch.zeros(1, sum(lengths), subject.source.hidden_size, device=DEVICE)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.mistral.modeling_mistral import MistralAttention
 
+from devices import DEVICE, DTYPE, arange, within
 from lemix_stage_worker.layer_passes import HeadPass, LayerPass
 from lemix_stage_worker.model.attention import attention_by_segments
 from lemix_stage_worker.model.scoring import NO_TARGET
@@ -20,7 +21,7 @@ from lemix_stage_worker.model.skeleton import build_skeleton
 from numerics.microbatches import LENGTHS, RARE, examples, learn, loaded_stages, packed
 from numerics.subjects import GENERATED, Subject
 
-TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-12}
+TOLERANCES = {DTYPE: within(1e-6), torch.float64: 1e-12}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -50,23 +51,23 @@ def test_attention_of_a_packed_row_has_the_bits_of_its_examples(window: int | No
         num_tokens = len(positions_T)
         mask: Any = make_mask(
             config=stage.config,
-            inputs_embeds=torch.empty(1, num_tokens, 32),
+            inputs_embeds=torch.empty(1, num_tokens, 32, device=DEVICE),
             attention_mask=None,
             past_key_values=None,
             position_ids=positions_T[None],
         )
         output = attention_by_segments(module, arriving[0], arriving[1], arriving[2], mask)[0]
-        torch.autograd.backward(output, torch.linspace(-1, 1, 32).view(4, 8).expand_as(output))
+        torch.autograd.backward(output, torch.linspace(-1, 1, 32, device=DEVICE).view(4, 8).expand_as(output))
         return output, *(part.grad for part in arriving if part.grad is not None)
 
     key_heads = config.num_key_value_heads
     states = tuple(
-        torch.randn(1, sum(LENGTHS), count, 8, generator=generator).transpose(1, 2)
+        torch.randn(1, sum(LENGTHS), count, 8, generator=generator).transpose(1, 2).to(DEVICE)
         for count in (4, key_heads, key_heads)
     )
-    together = attend(states, torch.cat([torch.arange(length) for length in LENGTHS]))
+    together = attend(states, torch.cat([arange(length) for length in LENGTHS]))
     pieces = zip(*(torch.split_with_sizes(part, LENGTHS, dim=2) for part in states), strict=True)
-    alone = [attend(piece, torch.arange(piece[0].shape[2])) for piece in pieces]
+    alone = [attend(piece, arange(piece[0].shape[2])) for piece in pieces]
     output, *gradients = zip(*alone, strict=True)
     assert torch.equal(together[0], torch.cat(output, dim=1))
     for found, expected in zip(together[1:], gradients, strict=True):
@@ -76,12 +77,12 @@ def test_attention_of_a_packed_row_has_the_bits_of_its_examples(window: int | No
 def test_packed_rows_are_transformers_own(subject: Subject) -> None:
     """The whole model of transformers, with a dense mask over the row, gives the same logits."""
     row = packed(examples(subject.source.vocab_size))
-    (stage,) = loaded_stages(subject.source, 1, torch.float32)
-    positions_BT = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    (stage,) = loaded_stages(subject.source, 1, DTYPE)
+    positions_BT = torch.cat([arange(length) for length in LENGTHS])[None]
     with torch.no_grad():
         expected = subject.whole(input_ids=row.ids, position_ids=positions_BT, use_cache=False).logits
         found = stage.logits(_run(LayerPass(stage.parts(), row.lengths), row.ids))
-    assert relative_difference(found, expected) <= 1e-5
+    assert relative_difference(found, expected) <= within(1e-5)
 
 
 def test_a_poisoned_example_spoils_no_other(subject: Subject) -> None:
@@ -107,7 +108,9 @@ def test_a_row_may_have_more_targets_than_the_head_takes_at_once(subject: Subjec
     assert losses == pytest.approx(alone, rel=1e-12)
     assert relative_difference(_all(gradients), _all(expected)) <= 1e-12
     (stage,) = loaded_stages(subject.source, 1, torch.float64)
-    head = HeadPass(stage, torch.ones(1, 360, subject.source.hidden_size, dtype=torch.float64), row.lengths)
+    head = HeadPass(
+        stage, torch.ones(1, 360, subject.source.hidden_size, dtype=torch.float64, device=DEVICE), row.lengths
+    )
     assert [len(head.losses) for _ in head.run(row.targets, 1)] == [6, 6]
     assert sum(head.losses) == head.loss
 
@@ -115,8 +118,8 @@ def test_a_row_may_have_more_targets_than_the_head_takes_at_once(subject: Subjec
 def test_a_row_without_targets_loses_nothing(subject: Subject) -> None:
     """Each of its examples has a loss of zero, and the hidden states a gradient of zeros."""
     (stage,) = loaded_stages(subject.source, 1, torch.float32)
-    head = HeadPass(stage, torch.ones(1, 5, subject.source.hidden_size), (2, 3))
-    assert list(head.run(torch.full((1, 5), NO_TARGET), 1)) == []
+    head = HeadPass(stage, torch.ones(1, 5, subject.source.hidden_size, device=DEVICE), (2, 3))
+    assert list(head.run(torch.full((1, 5), NO_TARGET, device=DEVICE), 1)) == []
     assert (head.losses, head.loss) == ((0.0, 0.0), 0.0)
     assert not head.gradient_BTD.any()
 

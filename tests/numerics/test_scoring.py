@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from devices import DEVICE, arange, within
 from lemix_stage_worker.model.scoring import NO_TARGET, loss_sum, target_rows, token_logprobs
 from lemix_stage_worker.model.self_check import build_stages, relative_difference
 from lemix_stage_worker.model.stage import StageModel
@@ -23,7 +24,7 @@ def stage(subject: Subject) -> StageModel:
 @pytest.fixture(name="hidden_TD")
 def _last_hidden(stage: StageModel, subject: Subject) -> Tensor:
     """The last hidden states of one sequence."""
-    return stage(subject.ids[:1], torch.arange(24))[0].detach()
+    return stage(subject.ids[:1], arange(24))[0].detach()
 
 
 @pytest.fixture(name="targets_T")
@@ -41,7 +42,7 @@ def test_scores_are_the_whole_models(
     """Each reference token's log-probability under the whole model, in order, and nothing for the prompt."""
     logprobs_TV = subject.whole(subject.ids[:1]).logits[0].log_softmax(-1)
     expected = [logprobs_TV[place - 1, subject.ids[0, place]].item() for place in range(PROMPT, 24)]
-    assert token_logprobs(stage, hidden_TD, targets_T).tolist() == pytest.approx(expected, abs=1e-5)
+    assert token_logprobs(stage, hidden_TD, targets_T).tolist() == pytest.approx(expected, abs=within(1e-5))
 
 
 def test_a_score_does_not_depend_on_how_many_are_asked_for(
@@ -69,10 +70,10 @@ def test_the_loss_is_the_references_and_has_the_whole_models_gradient(
     )
     torch.autograd.backward(expected)
     assert loss.dtype == torch.float32
-    assert relative_difference(loss, expected) <= 1e-6
+    assert relative_difference(loss, expected) <= within(1e-6)
     assert arriving_TD.grad is not None
     assert whole_TD.grad is not None
-    assert relative_difference(arriving_TD.grad, whole_TD.grad) <= 1e-6
+    assert relative_difference(arriving_TD.grad, whole_TD.grad) <= within(1e-6)
     assert not arriving_TD.grad[: PROMPT - 1].any()
     subject.whole.zero_grad()
 
@@ -83,12 +84,12 @@ def test_the_loss_adds_up_over_chunks(stage: StageModel, hidden_TD: Tensor, targ
     assert [len(rows) for rows in chunks] == [5, 5, 5]
     loss = sum(loss_sum(stage, hidden_TD[rows], targets_T[rows]) for rows in chunks)
     assert isinstance(loss, Tensor)
-    assert relative_difference(loss, loss_sum(stage, hidden_TD, targets_T)) <= 1e-6
+    assert relative_difference(loss, loss_sum(stage, hidden_TD, targets_T)) <= within(1e-6)
 
 
 def test_nothing_to_score_is_no_score_and_no_loss(stage: StageModel, hidden_TD: Tensor) -> None:
     """An empty reference is legal, and its loss can be backpropagated."""
-    targets_T = torch.full((24,), NO_TARGET)
+    targets_T = torch.full((24,), NO_TARGET, device=DEVICE)
     arriving_TD = hidden_TD.clone().requires_grad_()
     loss = loss_sum(stage, arriving_TD, targets_T)
     torch.autograd.backward(loss)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from devices import DEVICE, DTYPE, arange
 from lemix_stage_worker.activation_memory import SavedTensors
 from lemix_stage_worker.layer_passes import LayerPass
 from lemix_stage_worker.model.scoring import NO_TARGET, loss_sum
@@ -27,8 +28,8 @@ def test_every_way_back_leaves_the_same_bits(
 ) -> None:
     """Whole or in halves, from kept activations or computed again: losses and all gradients are equal."""
     rows = _rows(subject)
-    expected = learn(loaded_stages(subject.source, num_stages, torch.float32), rows)
-    stages = loaded_stages(subject.source, num_stages, torch.float32)
+    expected = learn(loaded_stages(subject.source, num_stages, DTYPE), rows)
+    stages = loaded_stages(subject.source, num_stages, DTYPE)
     found = learn(stages, rows, way=way, recompute=recompute)
     assert found[0] == expected[0]
     assert found[1].keys() == expected[1].keys()
@@ -45,7 +46,7 @@ def test_the_gradients_are_autograd_s(subject: Subject) -> None:
         leaf.grad = None
     num_targets = sum(int((row.targets != NO_TARGET).sum()) for row in rows)
     for row in rows:
-        positions_T = torch.cat([torch.arange(length) for length in row.lengths])
+        positions_T = torch.cat([arange(length) for length in row.lengths])
         loss = loss_sum(stage, stage(row.ids, positions_T)[0], row.targets[0]) / num_targets
         torch.autograd.backward(loss)
     expected = {name: leaf.grad for name, leaf in stage.leaves().items() if leaf.grad is not None}
@@ -61,7 +62,7 @@ def test_between_the_halves_less_is_held_than_before(subject: Subject) -> None:
     layers = LayerPass(stage.parts()[1:], row.lengths)
     saved = SavedTensors()
     with saved.counting():
-        for _ in layers.forward(torch.ones(1, sum(row.lengths), subject.source.hidden_size)):
+        for _ in layers.forward(torch.ones(1, sum(row.lengths), subject.source.hidden_size, device=DEVICE)):
             pass
     kept = saved.bytes_beside(parameters)
     for _ in layers.input_gradient(torch.ones_like(layers.output)):
@@ -76,7 +77,7 @@ def _noted_bytes(layers: LayerPass, parameters: list[Tensor]) -> int:
     """All that the notes of a pass hold."""
     held = SavedTensors()
     for graph in layers._halves:
-        for note in graph.notes._notes:
-            for cell in note.__closure__ or ():
+        for _, add in graph.notes._notes:
+            for cell in add.__closure__ or ():
                 held.add(cell.cell_contents)
     return held.bytes_beside(parameters)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from devices import DEVICE, DTYPE, arange
 from lemix_common.sampling import GREEDY
 from lemix_stage_worker.model.costs import cut_model
-from lemix_stage_worker.model.sampling import choose_token
+from lemix_stage_worker.model.sampling import Chooser, choose_tokens
 from lemix_stage_worker.model.self_check import build_stages, run_stages
 from lemix_stage_worker.model.source import open_model
 from numerics.subjects import REAL_MODELS, TRAINED, Subject
@@ -36,7 +37,7 @@ def test_cached_logits_are_the_whole_models_bit_for_bit(
     for start, stop in pairwise(borders):
         ids = subject.ids[:, start:stop]
         expected = subject.whole(ids, past_key_values=whole_cache, use_cache=True).logits
-        assert torch.equal(run_stages(stages, ids, torch.arange(start, stop), caches), expected), start
+        assert torch.equal(run_stages(stages, ids, arange(start, stop), caches), expected), start
 
 
 @torch.no_grad()
@@ -57,7 +58,7 @@ def test_requests_with_caches_of_their_own_do_not_disturb_each_other(subject: Su
         found: list[list[torch.Tensor]] = [[], []]
         for row in turns:
             ids = subject.ids[row : row + 1, place[row] : place[row] + 4]
-            positions = torch.arange(place[row], place[row] + 4)
+            positions = arange(place[row], place[row] + 4)
             found[row].append(run_stages(stages, ids, positions, caches[row]))
             place[row] += 4
         return [torch.cat(pieces, dim=1) for pieces in found]
@@ -73,13 +74,19 @@ def test_the_trained_llama_tells_its_story() -> None:
     folder = REAL_MODELS / TRAINED[0]
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
-    source = open_model(folder)
+    source = open_model(folder, dtype=DTYPE, device=DEVICE)
     stages = build_stages(source, cut_model(source, 3))
     caches = [stage.new_cache() for stage in stages]
     tokens = [1]
     for position in range(24):
-        logits_V = run_stages(stages, torch.tensor([tokens[-1:]]), torch.tensor([position]), caches)[0, -1]
-        tokens.append(choose_token(logits_V, GREEDY, position=position + 1).token)
+        logits_V = run_stages(
+            stages,
+            torch.tensor([tokens[-1:]], device=DEVICE),
+            torch.tensor([position], device=DEVICE),
+            caches,
+        )[0, -1]
+        (choice,) = choose_tokens(logits_V[None], [Chooser(GREEDY, 1)], [position + 1])
+        tokens.append(choice.token)
     vocabulary = json.loads((folder / "tokenizer.json").read_bytes())["model"]["vocab"]
     words = {token: word for word, token in vocabulary.items()}
     text = "".join(words[token] for token in tokens[1:]).replace("\u2581", " ").strip()

@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from devices import DEVICE, arange
 from lemix_common.errors import ModelError
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.self_check import build_stages, run_stages
 from lemix_stage_worker.model.stage import StageCut, build_stage
 from numerics.subjects import Subject
 
-POSITIONS_T = torch.arange(24)
+POSITIONS_T = arange(24)
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 5])
@@ -121,7 +122,7 @@ def test_only_the_last_stage_has_a_head(subject: Subject) -> None:
     """Asking another one for logits is a mistake of ours, not the user's."""
     first = build_stages(subject.source, cut_model(subject.source, 2))[0]
     with pytest.raises(ValueError, match="no head"):
-        first.logits(torch.zeros(1, 1, subject.source.hidden_size))
+        first.logits(torch.zeros(1, 1, subject.source.hidden_size, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

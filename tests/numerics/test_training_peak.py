@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
+from devices import cpu_only
 from lemix_common.ids import Version
 from lemix_common.messages import Frame, RunStep, StepCommitted, TrainBackward, TrainForward, WriteShards
 from lemix_common.settings import ClusterSettings
@@ -34,6 +35,8 @@ from numerics.subjects import random_tensors, write_model
 STAGES, MICROBATCHES = 3, 4
 LENGTHS = (100, 60, 32)
 ABOUT: dict[str, Any] = {"node": 0, "epoch": 1, "run": "main", "attempt": 1}
+
+pytestmark = cpu_only
 
 
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]

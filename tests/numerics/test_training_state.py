@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from devices import DEVICE, float32_only
 from lemix_common.ids import BASE_VERSION, Version
 from lemix_common.store.training import PlannedStep
 from lemix_stage_worker import training_state
@@ -18,6 +19,8 @@ from lemix_stage_worker.model.stage import StageModel
 from lemix_stage_worker.trained_weights import Weights
 from lemix_stage_worker.training_state import TrainingState
 from numerics.subjects import Subject
+
+pytestmark = float32_only
 
 
 def planned(step: int, optimizer: str = "adamw") -> PlannedStep:
@@ -53,7 +56,9 @@ def gradients_for(state: TrainingState, step: int) -> dict[str, Tensor]:
     """Random gradients by leaf, a tied head's left out (its sum is the embedding's)."""
     generator = torch.Generator().manual_seed(step)
     leaves = state.model.leaves()
-    return {name: torch.randn(leaves[name].shape, generator=generator) for name in state._updated()}
+    return {
+        name: torch.randn(leaves[name].shape, generator=generator).to(DEVICE) for name in state._updated()
+    }
 
 
 def run(state: TrainingState, steps: range, optimizer: str = "adamw") -> TrainingState:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lemix_common.errors import BadFrame
 from lemix_common.fields import from_fields, to_fields
-from lemix_common.messages import LinkLost, Notice, RunStep, TokenChosen
+from lemix_common.messages import ForwardFailed, LinkLost, Notice, RunStep
 
 TEXTS = st.text('aZ0 é😀\x00\n"\\')  # the whole of Unicode takes Hypothesis a second to load
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
@@ -73,7 +73,7 @@ def test_damage_raises_nothing_but_bad_frame(notice: Notice, data: st.DataObject
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("type", "TokenChosen"),
+        ("type", "ForwardFailed"),
         ("type", "Frame"),
         ("type", ""),
         ("step", ""),
@@ -117,8 +117,8 @@ def test_bytes_that_are_no_text_are_refused() -> None:
 
 def test_what_is_no_notice_is_not_written() -> None:
     """A frame between workers, or a value of another type, is refused before it reaches the stream."""
-    frame = TokenChosen(node=0, stage=0, epoch=0, item="i", attempt=0, position=0, token=0, logprob=0.0)
-    with pytest.raises(BadFrame, match="TokenChosen"):
+    frame = ForwardFailed(node=0, stage=0, epoch=0, iteration=0, reason="")
+    with pytest.raises(BadFrame, match="ForwardFailed"):
         to_fields(frame)  # type: ignore[arg-type]
     with pytest.raises(BadFrame, match="epoch"):
         to_fields(LinkLost(node=0, epoch="1", peer="w"))  # type: ignore[arg-type]

@@ -117,6 +117,34 @@ def test_a_lookup_s_gradient_is_added_row_by_row(padding: int | None) -> None:
     torch.testing.assert_close([weight.grad, scale.grad], expected)
 
 
+def test_a_lookup_keeps_rows_not_a_gradient_of_the_whole_table() -> None:
+    """What waits for the second half is as large as what was looked up, in the way in which models look up."""
+    embedding = nn.Embedding(1_000, 3, padding_idx=7)
+    ids = torch.tensor([[1, 2, 1, 7]])
+    notes = WeightNotes()
+    with notes:
+        output = embedding(ids)
+    notes.input_gradient(output, torch.ones_like(output), ids, embedding.parameters())
+    kept = [cell.cell_contents for _, add in notes._notes for cell in add.__closure__ or ()]
+    assert sorted(part.numel() for part in kept if part is not embedding.weight) == [3, 9]
+    notes.add_up()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad[[1, 2, 7]].tolist() == [[2.0] * 3, [1.0] * 3, [0.0] * 3]
+
+
+def test_notes_can_be_added_to_sums_of_one_s_own() -> None:
+    """They are what the parameters' gradients would be, and those are left alone."""
+    expected, layer = Layer(), Layer()
+    sums: dict[Tensor, Tensor] = {}
+    for seed in (1, 2):
+        first_half(expected, seed)[0].add_up()
+        first_half(layer, seed)[0].add_to(sums)
+    assert layer.gradients() == [None] * 4
+    for parameter, gradient in zip(layer.parameters, expected.gradients(), strict=True):
+        assert gradient is not None
+        assert torch.equal(sums[parameter], gradient)
+
+
 @pytest.mark.parametrize(
     "act", [lambda layer: first_half(layer, 1)[0].add_up(), lambda layer: first_half(layer, 1)]
 )

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lemix.text_stream import TextStream, last_piece, text_of
 from lemix.tokenization import Tokenization
+from lemix_common.text_stream import TextStream, last_piece, text_of
 from unit.tiny_tokenization import tokenization, words_tokenizer
 
 BYTES = tokenization()

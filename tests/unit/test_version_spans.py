@@ -7,6 +7,7 @@ import pytest
 from lemix.answers import VersionSpans
 from lemix.replies import end_in_hash, read_spans, tokens_of_versions
 from lemix_common.ids import ItemId
+from lemix_common.logprobs import TokenLogprob
 
 TWO: VersionSpans = ((0, "0.1"), (3, "0.2"))
 
@@ -43,5 +44,9 @@ def test_tokens_are_cut_where_their_version_changes(
     index: int, tokens: list[int], expected: list[tuple[int, tuple[int, ...], str]]
 ) -> None:
     """Whatever part of a generation is asked for, each token has the version that computed it."""
-    parts = tokens_of_versions(ItemId("a"), index, tokens, TWO)
+    logprobs = [TokenLogprob(token, -1.0, ()) for token in tokens]
+    parts = list(tokens_of_versions(ItemId("a"), index, tokens, TWO, logprobs))
     assert [(part.index, part.tokens, part.weights_version) for part in parts] == expected
+    assert [tuple(entry.token for entry in part.logprobs) for part in parts] == [
+        part.tokens for part in parts
+    ]

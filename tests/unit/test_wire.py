@@ -35,6 +35,7 @@ VALUES: dict[object, st.SearchStrategy[Any]] = {
     float: st.floats(allow_nan=False),
     str: TEXTS,
     tuple[int, ...]: st.lists(INTEGERS, max_size=4).map(tuple),
+    tuple[str, ...]: st.lists(TEXTS, max_size=4).map(tuple),
 }
 
 

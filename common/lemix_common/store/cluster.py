@@ -274,6 +274,11 @@ class Cluster:
             )
         return ClusterSettings(**settings_from(fields, where="the cluster's settings"))
 
+    def tokenizer(self) -> str:
+        """The text of the model's tokenizer.json; '' if it has none."""
+        text: Any = self.broker.again(lambda: self.broker.client.get(self.broker.keys.tokenizer))
+        return str(text or "")
+
     def state(self) -> dict[str, str]:
         """The cluster's own fields."""
         return self.broker.hash(self.broker.keys.cluster_state)

@@ -4,10 +4,14 @@
 
     score, generate:  queued ─▶ dispatched ─▶ running ─▶ done | failed | cancelled
                         ▲___________│____________│          (a lost node's items go back, their attempt raised)
-    train:            queued ─▶ planned ─▶ committed ─▶ done     (queued ─▶ cancelled; poison ─▶ failed)
+    train:            queued ─▶ planned ─▶ committed ─▶ done     (queued ─▶ failed | cancelled; poison ─▶ failed)
 
 Every call is idempotent: submit by item id, start, append, complete and fail by the attempt (the fencing token) and
 position, dispatch and redispatch by the state they start from.
+
+An item may be *taken back* wherever it is: by a client (cancelled), by its deadline (failed), or since its client is
+gone (cancelled, if it was submitted ``while_connected``). Whatever else ends it first wins; the node that has it is told.
+A training example can be taken back only while it is queued: a planned step stays as it is.
 """
 
 from __future__ import annotations
@@ -33,13 +37,17 @@ STAGE_0 = "stage0"
 """Consumer group of a node's work stream."""
 ENDED = frozenset({"done", "failed", "cancelled"})
 RETRY_AFTER_S = 1.0
+TAKEN_BACK_AT_ONCE = 200
+"""Items that one call ends at most: the broker does nothing else meanwhile."""
 
 REPLY = """
+local function tell(client, ...)
+  redis.call('XADD', K.replies(client), 'MAXLEN', '~', 100000, '*', ...)
+  redis.call('EXPIRE', K.replies(client), math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600))
+end
 local function reply(item, ...)
   local client = redis.call('HGET', K.item(item), 'client')
-  if not client then return end
-  redis.call('XADD', K.replies(client), 'MAXLEN', '~', 100000, '*', 'item', item, ...)
-  redis.call('EXPIRE', K.replies(client), math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600))
+  if client then tell(client, 'item', item, ...) end
 end
 """
 
@@ -85,8 +93,18 @@ _END = (
     REPLY
     + COUNT_OUT
     + """
+local function unbind(client, item)
+  redis.call('SREM', K.client_items(client), item)
+  if redis.call('EXISTS', K.client_items(client)) == 0 then
+    redis.call('SREM', K.clients, client)
+    redis.call('DEL', K.client_alive(client))
+  end
+end
 local function end_item(item, state, now, ...)
-  local kind, version = unpack(redis.call('HMGET', K.item(item), 'kind', 'weights_version'))
+  local kind, version, client, bound = unpack(
+    redis.call('HMGET', K.item(item), 'kind', 'weights_version', 'client', 'while_connected'))
+  redis.call('ZREM', K.deadlines, item)
+  if bound == '1' and client then unbind(client, item) end
   redis.call('HSET', K.item(item), 'state', state, 'ended_at', now, ...)
   redis.call('HINCRBY', K.totals, state, 1)
   if state == 'failed' then
@@ -99,6 +117,7 @@ local function end_item(item, state, now, ...)
     redis.call('DEL', K.item_payload(item))
     redis.call('EXPIRE', K.item(item), keep_s)
     redis.call('EXPIRE', K.item_tokens(item), keep_s)
+    redis.call('EXPIRE', K.item_logprobs(item), keep_s)
   end
 end
 local function close_entry(node, entry)
@@ -108,6 +127,49 @@ end
 """
 )
 
+_TAKE_BACK = (
+    NOTICE
+    + _END
+    + """
+local function take_back(item, state, now, ...)
+  local kind, node = unpack(redis.call('HMGET', K.item(item), 'kind', 'node'))
+  end_item(item, state, now, ...)
+  reply(item, 'event', state, ...)
+  if kind == 'train' then
+    redis.call('DEL', K.item_payload(item))
+    redis.call('EXPIRE', K.item(item), math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600))
+  elseif node then
+    notice('ItemCancelled', 'item', item, 'node', node)
+  end
+end
+local function can_take_back(item)
+  local state = redis.call('HGET', K.item(item), 'state')
+  return state == 'queued' or state == 'dispatched' or state == 'running', state
+end
+local function take_back_all_of(client, now, most)
+  local taken = {}
+  for i, item in ipairs(redis.call('SMEMBERS', K.client_items(client))) do
+    if i > most then break end
+    if can_take_back(item) then take_back(item, 'cancelled', now) end
+    unbind(client, item)
+    taken[i] = item
+  end
+  return taken
+end
+"""
+)
+"""Lua: end an item that nobody wants any more, and tell the node that has it."""
+
+_GIVE = """
+local function give(item, attempt, node, now)
+  redis.call('HSET', K.item(item), 'state', 'dispatched', 'node', node, 'dispatched_at', now)
+  local priority, accepted_at = unpack(redis.call('HMGET', K.item(item), 'priority', 'accepted_at'))
+  redis.call('XADD', K.work(node), '*', 'item', item, 'attempt', attempt,
+             'priority', priority or '0', 'accepted_at', accepted_at or '0')
+end
+"""
+"""Lua: put an item into a node's stream, with what decides its turn there."""
+
 DEAD_LETTER = """
 local function dead_letter(item, reason, now)
   redis.call('XADD', K.dead_letters, 'MAXLEN', '~', 10000, '*', 'item', item, 'reason', reason, 'at', now)
@@ -115,15 +177,25 @@ local function dead_letter(item, reason, now)
 end
 """
 
+_SHOW_CLIENT = """
+local function client_expiry_s() return redis.call('HGET', K.settings, 'client_expiry_s') or '10' end
+local function show_client(client)
+  redis.call('SET', K.client_alive(client), '1', 'PX', math.ceil(1000 * client_expiry_s()))
+end
+"""
+"""Lua: the client lives."""
+
 _SUBMIT = Lua(
     "submit",
-    """
-local item, fields, payload = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3])
+    _SHOW_CLIENT
+    + """
+local item, fields, payload, now = ARGV[1], cjson.decode(ARGV[2]), cjson.decode(ARGV[3]), tonumber(ARGV[4])
 local state = redis.call('HGET', K.item(item), 'state')
 if state then return {'exists', state} end
 if redis.call('HGET', K.cluster_state, 'state') ~= 'running' then return {'stopping'} end
 local tokenizer = redis.call('HGET', K.model, 'tokenizer_sha256')
 if tokenizer and fields.tokenizer_sha256 and fields.tokenizer_sha256 ~= tokenizer then return {'mismatch'} end
+if fields.deadline_at and tonumber(fields.deadline_at) <= now then return {'late'} end
 local open = tonumber(redis.call('HGET', K.totals, 'open') or '0')
 if open >= tonumber(redis.call('HGET', K.settings, 'max_queue')) then
   redis.call('HINCRBY', K.totals, 'refused', 1)
@@ -137,12 +209,21 @@ if fields.kind == 'generate' and not fields.on_update then
 end
 redis.call('HINCRBY', K.totals, 'submitted', 1)
 redis.call('HINCRBY', K.totals, 'open', 1)
-if fields.kind == 'train' then
-  redis.call('XADD', K.examples(fields.run), '*', 'item', item,
-             'tokens', fields.tokens, 'reference_tokens', fields.reference_tokens)
-else
-  redis.call('XADD', K.submissions, '*', 'item', item, 'kind', fields.kind, 'tokens', fields.tokens)
+if fields.deadline_at then redis.call('ZADD', K.deadlines, fields.deadline_at, item) end
+if fields.while_connected == '1' then
+  redis.call('SADD', K.clients, fields.client)
+  redis.call('SADD', K.client_items(fields.client), item)
+  show_client(fields.client)
 end
+local entry
+if fields.kind == 'train' then
+  entry = redis.call('XADD', K.examples(fields.run), '*', 'item', item,
+                     'tokens', fields.tokens, 'reference_tokens', fields.reference_tokens)
+else
+  entry = redis.call('XADD', K.submissions, '*', 'item', item, 'kind', fields.kind, 'tokens', fields.tokens)
+end
+-- by the broker's clock, so that whose clock is slow doesn't get ahead of others
+redis.call('HSET', K.item(item), 'accepted_at', string.format('%.3f', tonumber(string.match(entry, '^%d+')) / 1000))
 return {'accepted', 'queued'}
 """,
 )
@@ -150,13 +231,12 @@ return {'accepted', 'queued'}
 _DISPATCH = Lua(
     "dispatch",
     LEADER_ONLY
+    + _GIVE
     + """
 local entry, item, node, now = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local fresh = redis.call('HGET', K.item(item), 'state') == 'queued'
 if fresh then
-  local attempt = redis.call('HINCRBY', K.item(item), 'attempt', 1)
-  redis.call('HSET', K.item(item), 'state', 'dispatched', 'node', node, 'dispatched_at', now)
-  redis.call('XADD', K.work(node), '*', 'item', item, 'attempt', attempt)
+  give(item, redis.call('HINCRBY', K.item(item), 'attempt', 1), node, now)
 end
 redis.call('XACK', K.submissions, 'coordinators', entry)
 redis.call('XDEL', K.submissions, entry)
@@ -169,6 +249,7 @@ _REDISPATCH = Lua(
     LEADER_ONLY
     + NOTICE
     + _END
+    + _GIVE
     + DEAD_LETTER
     + """
 local node, entry, item, seen_attempt, target, reason, now = unpack(ARGV, 2, 8)
@@ -189,8 +270,7 @@ if target == '' then
   redis.call('HSET', K.item(item), 'state', 'queued')
   redis.call('XADD', K.submissions, '*', 'item', item, 'kind', redis.call('HGET', K.item(item), 'kind'), 'tokens', 0)
 else
-  redis.call('HSET', K.item(item), 'state', 'dispatched', 'node', target, 'dispatched_at', now)
-  redis.call('XADD', K.work(target), '*', 'item', item, 'attempt', attempt)
+  give(item, attempt, target, now)
 end
 return {'ok'}
 """,
@@ -229,7 +309,7 @@ if at[1] == 'dispatched' then
 end
 redis.call('HSET', K.item(item), 'state', 'running', 'worker', worker, 'started_at', now)
 return {'ok', redis.call('HGETALL', K.item(item)), redis.call('HGETALL', K.item_payload(item)),
-        redis.call('LRANGE', K.item_tokens(item), 0, -1)}
+        redis.call('LRANGE', K.item_tokens(item), 0, -1), redis.call('LRANGE', K.item_logprobs(item), 0, -1)}
 """,
 )
 
@@ -246,23 +326,36 @@ _APPEND = Lua(
     REPLY
     + CURRENT
     + """
-local item, attempt, position, tokens, now = ARGV[1], ARGV[2], tonumber(ARGV[3]), cjson.decode(ARGV[4]), ARGV[5]
-if not is_current(item, attempt) then return {'stale'} end
-local have = redis.call('LLEN', K.item_tokens(item))
-if position > have then return {'gap', have} end
-local fresh = {}
-for i, token in ipairs(tokens) do
-  if position + i > have then
-    redis.call('RPUSH', K.item_tokens(item), token)
-    fresh[#fresh + 1] = token
+local entries, now = cjson.decode(ARGV[1]), ARGV[2]
+local said, clients, answers = {}, {}, {}
+local function append(item, attempt, position, tokens, logprobs)
+  if not is_current(item, string.format('%d', attempt)) then return 'stale' end
+  local have = redis.call('LLEN', K.item_tokens(item))
+  if position > have then return 'gap' end
+  local fresh, fresh_logprobs = {}, {}
+  for i, token in ipairs(tokens) do
+    if position + i > have then
+      fresh[#fresh + 1] = string.format('%d', token)
+      fresh_logprobs[#fresh_logprobs + 1] = logprobs[i] -- none, or a text a token, which the client reads
+    end
   end
-end
-if #fresh > 0 then
+  if #fresh == 0 then return 'ok' end
+  redis.call('RPUSH', K.item_tokens(item), unpack(fresh))
+  if #fresh_logprobs > 0 then redis.call('RPUSH', K.item_logprobs(item), unpack(fresh_logprobs)) end
   if have == 0 then redis.call('HSET', K.item(item), 'first_token_at', now) end
-  reply(item, 'event', 'token', 'index', have, 'tokens', cjson.encode(fresh),
-        'weights_version', redis.call('HGET', K.item(item), 'weights_version'))
+  local client, version = unpack(redis.call('HMGET', K.item(item), 'client', 'weights_version'))
+  if client then
+    if not said[client] then said[client], clients[#clients + 1] = {}, client end
+    table.insert(said[client], string.format('[%s,%d,[%s],%s,[%s]]', cjson.encode(item), have,
+      table.concat(fresh, ','), cjson.encode(version), table.concat(fresh_logprobs, ',')))
+  end
+  return 'ok'
 end
-return {'ok'}
+for i, entry in ipairs(entries) do answers[i] = append(unpack(entry)) end
+for _, client in ipairs(clients) do
+  tell(client, 'event', 'tokens', 'said', '[' .. table.concat(said[client], ',') .. ']')
+end
+return answers
 """,
 )
 
@@ -300,23 +393,68 @@ return {'ok'}
 
 _CANCEL = Lua(
     "cancel",
-    NOTICE
-    + _END
+    _TAKE_BACK
     + """
 local item, now = ARGV[1], ARGV[2]
-local state, kind, node = unpack(redis.call('HMGET', K.item(item), 'state', 'kind', 'node'))
+local can, state = can_take_back(item)
 if not state then return {'unknown'} end
 if state == 'planned' or state == 'committed' then return {'late', state} end
-if state == 'done' or state == 'failed' or state == 'cancelled' then return {'ended', state} end
-end_item(item, 'cancelled', now)
-reply(item, 'event', 'cancelled')
-if kind == 'train' then
-  redis.call('DEL', K.item_payload(item))
-  redis.call('EXPIRE', K.item(item), math.ceil(redis.call('HGET', K.settings, 'result_ttl_s') or 3600))
-elseif node then
-  notice('ItemCancelled', 'item', item, 'node', node)
-end
+if not can then return {'ended', state} end
+take_back(item, 'cancelled', now)
 return {'cancelled', 'cancelled'}
+""",
+)
+
+_END_OVERDUE = Lua(
+    "end_overdue",
+    LEADER_ONLY
+    + _TAKE_BACK
+    + """
+local now, most = ARGV[2], ARGV[3]
+local overdue = redis.call('ZRANGEBYSCORE', K.deadlines, '-inf', now, 'LIMIT', 0, most)
+for _, item in ipairs(overdue) do
+  local can, state = can_take_back(item)
+  if can then
+    take_back(item, 'failed', now, 'reason', 'deadline passed while ' .. state)
+  else
+    redis.call('ZREM', K.deadlines, item)
+  end
+end
+return {'ok', unpack(overdue)}
+""",
+)
+
+_CANCEL_ABANDONED = Lua(
+    "cancel_abandoned",
+    LEADER_ONLY
+    + _TAKE_BACK
+    + """
+local now, most, abandoned = ARGV[2], tonumber(ARGV[3]), {'ok'}
+for _, client in ipairs(redis.call('SMEMBERS', K.clients)) do
+  if #abandoned > most then break end
+  if redis.call('EXISTS', K.client_alive(client)) == 0 then
+    for _, item in ipairs(take_back_all_of(client, now, most)) do abandoned[#abandoned + 1] = item end
+  end
+end
+return abandoned
+""",
+)
+
+_LEAVE = Lua(
+    "leave",
+    _TAKE_BACK
+    + """
+local client, now, most = ARGV[1], ARGV[2], tonumber(ARGV[3])
+return {'ok', unpack(take_back_all_of(client, now, most))}
+""",
+)
+
+_STILL_HERE = Lua(
+    "still_here",
+    _SHOW_CLIENT
+    + """
+if redis.call('EXISTS', K.client_items(ARGV[1])) == 1 then show_client(ARGV[1]) end
+return {'ok', client_expiry_s()}
 """,
 )
 
@@ -351,6 +489,20 @@ class StartedItem:
     tokens: tuple[int, ...]
     """Generated by earlier attempts; they stay."""
     fields: Mapping[str, str]
+    logprobs: tuple[str, ...] = ()
+    """Of these tokens, if asked for (see `TokenLogprob`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenTokens:
+    """Tokens that an attempt at an item generated, the first of them at ``position`` of the generation."""
+
+    item: str
+    attempt: int
+    position: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[str, ...] = ()
+    """If asked for, the text of a `TokenLogprob` each."""
 
 
 Call = tuple[Lua, tuple[object, ...]]
@@ -364,15 +516,20 @@ class Items:
 
     # ---- by clients
     def submit(self, item: str, fields: Mapping[str, object], payload: Mapping[str, Sequence[int]]) -> str:
-        """Accept an item; returns its state (an id that exists is a no-op). `QueueFull`, `ShuttingDown`, `TokenizerMismatch`."""
+        """Accept an item; returns its state (an id that exists is a no-op). `BadInput`, `QueueFull`, `ShuttingDown`.
+
+        ``deadline_at`` is in seconds by the cluster's clock. One with ``while_connected`` set to 1 ends with its client.
+        """
         texts = {name: str(value) for name, value in fields.items()}
         ids = {name: json.dumps(list(values), separators=(",", ":")) for name, values in payload.items()}
-        answer = self.broker.call(_SUBMIT, item, texts, ids)
+        answer = self.broker.call(_SUBMIT, item, texts, ids, self._now())
         match answer:
             case ["accepted" | "exists", state]:
                 return str(state)
             case ["full", depth]:
                 raise QueueFull(int(depth), RETRY_AFTER_S)
+            case ["late"]:
+                raise BadInput(f"the deadline of item {item} has passed before it was queued")
             case ["mismatch"]:
                 raise TokenizerMismatch(
                     f"item {item} was tokenized for another model than the cluster's: open a new Client"
@@ -396,6 +553,15 @@ class Items:
             case _:
                 raise ItemUnknown(f"no item {item} (or its result has expired)")
 
+    def still_here(self, client: str) -> float:
+        """The client lives, for the items that end with it; returns for how many seconds that holds."""
+        return float(self.broker.call(_STILL_HERE, client)[1])
+
+    def leave(self, client: str) -> None:
+        """Cancel what ends with this client."""
+        while len(self.broker.call(_LEAVE, client, self._now(), TAKEN_BACK_AT_ONCE)) > TAKEN_BACK_AT_ONCE:
+            pass
+
     def get(self, item: str) -> dict[str, str]:
         """The item's fields; `ItemUnknown` if there are none."""
         fields = self.broker.hash(self.broker.keys.item(item))
@@ -410,6 +576,13 @@ class Items:
         )
         return [int(value) for value in values]
 
+    def logprobs(self, item: str) -> list[str]:
+        """Their log-probabilities, if asked for."""
+        values: Any = self.broker.again(
+            lambda: self.broker.client.lrange(self.broker.keys.item_logprobs(item), 0, -1)
+        )
+        return [str(value) for value in values]
+
     # ---- by the coordinator
     def dispatch(self, leader_epoch: int, entry: Entry, node: int) -> Call:
         """The call that sends a queued item to a node (a no-op for one that is not queued any more)."""
@@ -422,6 +595,18 @@ class Items:
         to = "" if target is None else target
         item, attempt = entry.fields["item"], entry.fields["attempt"]
         return _REDISPATCH, (leader_epoch, node, entry.id, item, attempt, to, reason, self._now())
+
+    def end_overdue(self, leader_epoch: int) -> list[str]:
+        """Fail items whose deadline has passed, the earliest first, so many at most as are ended at once."""
+        answer = self.broker.call(_END_OVERDUE, leader_epoch, self._now(), TAKEN_BACK_AT_ONCE)
+        fence(answer)
+        return [str(item) for item in answer[1:]]
+
+    def cancel_abandoned(self, leader_epoch: int) -> list[str]:
+        """Cancel items whose client is gone, about so many at most as are ended at once."""
+        answer = self.broker.call(_CANCEL_ABANDONED, leader_epoch, self._now(), TAKEN_BACK_AT_ONCE)
+        fence(answer)
+        return [str(item) for item in answer[1:]]
 
     def submitted(self, consumer: str, *, count: int, pending: bool) -> list[Entry]:
         """New submissions, or (``pending``) those read earlier and not dispatched."""
@@ -456,9 +641,13 @@ class Items:
                 started.append(_started(entry, *answer[1:]))
         return started, stale
 
-    def append_tokens(self, item: str, attempt: int, position: int, tokens: Sequence[int]) -> Call:
-        """The call that gives the client generated tokens, the first of them at ``position``."""
-        return _APPEND, (item, attempt, position, list(tokens), self._now())
+    def append_tokens(self, chosen: Sequence[ChosenTokens]) -> Call:
+        """The call that gives clients generated tokens; it answers for each item ``ok``, ``gap`` or ``stale``."""
+        entries = [
+            (tokens.item, tokens.attempt, tokens.position, tokens.tokens, tokens.logprobs)
+            for tokens in chosen
+        ]
+        return _APPEND, (entries, self._now())
 
     def complete(self, started: StartedItem, node: int, result: Mapping[str, object]) -> Call:
         """The call that ends an item as done and acknowledges its entry."""
@@ -488,7 +677,7 @@ def pairs(values: Sequence[str]) -> dict[str, str]:
     return dict(zip(values[::2], values[1::2], strict=True))
 
 
-def _started(entry: Entry, fields: Any, payload: Any, tokens: Any) -> StartedItem:
+def _started(entry: Entry, fields: Any, payload: Any, tokens: Any, logprobs: Any) -> StartedItem:
     known = fields if isinstance(fields, dict) else pairs(fields)
     ids = {
         k: tuple(json.loads(v)) for k, v in (payload if isinstance(payload, dict) else pairs(payload)).items()
@@ -503,4 +692,5 @@ def _started(entry: Entry, fields: Any, payload: Any, tokens: Any) -> StartedIte
         reference=ids.get("reference", ()),
         tokens=tuple(int(token) for token in tokens),
         fields=known,
+        logprobs=tuple(str(text) for text in logprobs),
     )

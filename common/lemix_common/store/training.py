@@ -30,7 +30,10 @@ for _, item in ipairs(items) do
   if redis.call('HGET', K.item(item), 'state') ~= 'queued' then return {'changed'} end
 end
 for name, value in pairs(fields) do redis.call('HSET', K.step(run, step), name, value) end
-for _, item in ipairs(items) do redis.call('HSET', K.item(item), 'state', 'planned', 'step', step) end
+for _, item in ipairs(items) do
+  redis.call('HSET', K.item(item), 'state', 'planned', 'step', step)
+  redis.call('ZREM', K.deadlines, item) -- its step is fixed
+end
 redis.call('HSET', K.run(run), 'planned', step)
 redis.call('XTRIM', K.examples(run), 'MINID', cursor)
 redis.call('XDEL', K.examples(run), cursor)

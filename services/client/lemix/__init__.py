@@ -6,7 +6,8 @@ from lemix.client import Client
 from lemix.futures import Future
 from lemix.items import GenerateItem, Item, ScoreItem, TrainItem
 from lemix.token_stream import TokenStream
-from lemix_common.sampling import Sampling
+from lemix_common.logprobs import TokenLogprob
+from lemix_common.sampling import Sampling, Stopping
 
 __all__ = [
     "Answer",
@@ -20,6 +21,8 @@ __all__ = [
     "Sampling",
     "Score",
     "ScoreItem",
+    "Stopping",
+    "TokenLogprob",
     "TokenStream",
     "TrainItem",
     "Trained",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from lemix_common.logprobs import TokenLogprob
+
 FinishReason = Literal["length", "stop"]
+StopReason = int | str | None
+"""The request's own stop id or string that ended it; None for its length and the model's own end."""
 VersionSpans = tuple[tuple[int, str], ...]
 """The index of the first token of each weight version, and the version."""
 
@@ -18,6 +22,8 @@ class Score:
     loss: float
     logprobs: tuple[float, ...]
     weights_version: str
+    response_s: float | None = field(default=None, compare=False, kw_only=True)
+    """From submission to the answer, by the clock of the client that submitted it; None for other clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,18 @@ class Generation:
     """Of its first token."""
     version_spans: VersionSpans
     """One pair, unless it went on upon newer weights (see `GenerateItem.on_update`)."""
+    stop_reason: StopReason = field(default=None, kw_only=True)
+    logprobs: tuple[TokenLogprob, ...] = field(default=(), kw_only=True)
+    """One a token, if asked for (`Sampling.logprobs`)."""
+    response_s: float | None = field(default=None, compare=False, kw_only=True)
+    """From submission to the end, by the clock of the client that submitted it; None for other clients."""
+    token_times_s: tuple[float, ...] = field(default=(), compare=False, kw_only=True)
+    """From submission to each token, by the same clock: gaps between them are the inter-token latencies."""
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From submission to the first token."""
+        return self.token_times_s[0] if self.token_times_s else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +62,10 @@ class Trained:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Some more tokens of a generation; ``text`` holds whole characters only, and may be empty."""
+    """Some more tokens of a generation.
+
+    Its ``text`` holds whole characters only, and no beginning of what may yet become a stop string; it may be empty.
+    """
 
     index: int
     """Position of the first of ``tokens`` in the generation."""
@@ -52,7 +73,12 @@ class Chunk:
     text: str
     weights_version: str
     finish_reason: FinishReason | None = None
-    """Set in the last chunk, which has no tokens (but text, if half a character was held back)."""
+    """Set in the last chunk, which has no tokens (but text, if some was held back)."""
+    stop_reason: StopReason = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One a token, if asked for."""
+    at_s: float | None = field(default=None, compare=False)
+    """When it came, in seconds from submission; None if another client submitted the item."""
 
 
 Answer = Score | Generation | Trained
@@ -68,7 +94,15 @@ def read_answer(
             return Score(float(result["loss"]), tuple(map(float, result["logprobs"])), weights_version)
         case "generate":
             tokens = tuple(map(int, result["tokens"]))
-            return Generation(text_of(tokens), tokens, result["finish_reason"], weights_version, spans)
+            return Generation(
+                text_of(tokens),
+                tokens,
+                result["finish_reason"],
+                weights_version,
+                spans,
+                stop_reason=result.get("stop_reason"),
+                logprobs=tuple(map(TokenLogprob.of, result.get("logprobs", ()))),
+            )
         case "train":
             return Trained(int(result["step"]), float(result["step_loss"]), weights_version)
         case _:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, Unpack, overload
 
 from lemix.answers import Answer, Chunk, Generation, Score, Trained
 from lemix.client import Client
 from lemix.futures import Future
-from lemix.items import DEFAULT_NEW_TOKENS, GenerateItem, Item, ScoreItem, Text, TrainItem
+from lemix.items import DEFAULT_NEW_TOKENS, GenerateItem, GenerateOptions, Item, ScoreItem, Text, TrainItem
 from lemix.status import Status
 from lemix_common.errors import WaitTimeout
-from lemix_common.sampling import GREEDY, Sampling
 
 A = TypeVar("A")
 
@@ -47,34 +46,65 @@ class AsyncClient:
         return await asyncio.to_thread(self._client.cancel, item_id)
 
     # ---- inference
-    async def score(self, prompt: Text, reference: Text, *, timeout: float | None = None) -> Score:
+    async def score(
+        self,
+        prompt: Text,
+        reference: Text,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        timeout: float | None = None,
+    ) -> Score:
         """How likely the model finds ``reference`` after ``prompt``."""
-        return await _answer(await self._queue(ScoreItem(prompt, reference)), timeout)
+        item = ScoreItem(prompt, reference, priority=priority, deadline_s=deadline_s)
+        return await _answer(await self._queue(item), timeout)
 
+    @overload
     async def generate(
         self,
         prompt: Text,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         *,
-        sampling: Sampling = GREEDY,
-        ignore_eos: bool = False,
+        n: None = None,
         timeout: float | None = None,
-    ) -> Generation:
-        """What the model says after ``prompt``."""
-        item = GenerateItem(prompt, max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
-        return await _answer(await self._queue(item), timeout)
+        **options: Unpack[GenerateOptions],
+    ) -> Generation: ...
+    @overload
+    async def generate(
+        self,
+        prompt: Text,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        *,
+        n: int,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]: ...
+    async def generate(
+        self,
+        prompt: Text,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        *,
+        n: int | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | list[Generation]:
+        """What the model says after ``prompt``; with ``n`` so many answers. Options are those of `GenerateItem`."""
+        item = GenerateItem(prompt, max_new_tokens, **options)
+        if n is None:
+            return await _answer(await self._queue(item), timeout)
+        futures = await asyncio.to_thread(self._client.submit_answers, item, n)
+        return await asyncio.gather(*(_answer(future, timeout) for future in futures))
 
     async def stream(
         self,
         prompt: Text,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         *,
-        sampling: Sampling = GREEDY,
-        ignore_eos: bool = False,
         timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> AsyncIterator[Chunk]:
-        """The same, chunk by chunk as it comes; left before its end, it cancels the item."""
-        item = GenerateItem(prompt, max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
+        """The same, chunk by chunk as it comes; left before its end, or its process gone, it cancels the item."""
+        item = GenerateItem(prompt, max_new_tokens, **options)
         chunks = await asyncio.to_thread(self._client.stream_item, item, timeout=timeout)
         try:
             while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
@@ -104,7 +134,7 @@ class AsyncClient:
         return await asyncio.to_thread(self._client.status)
 
     async def close(self) -> None:
-        """Stop listening; what was submitted goes on."""
+        """Stop listening; what was submitted goes on, but for open streams."""
         await asyncio.to_thread(self._client.close)
 
     async def __aenter__(self) -> Self:

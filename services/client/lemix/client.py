@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 from lemix.answers import Answer, Generation, Score, Trained
 from lemix.connection import Connection, open_connection
@@ -16,8 +15,18 @@ from lemix.discovery import find_cluster
 from lemix.flushing import flush, wait_for_version
 from lemix.futures import Future
 from lemix.inbox import Inbox
-from lemix.items import DEFAULT_NEW_TOKENS, GenerateItem, Item, ScoreItem, Text, TrainItem
+from lemix.items import (
+    DEFAULT_NEW_TOKENS,
+    GenerateItem,
+    GenerateOptions,
+    Item,
+    ScoreItem,
+    Text,
+    TrainItem,
+    answers,
+)
 from lemix.preparation import PreparedItem, prepare
+from lemix.presence import Presence
 from lemix.reopening import until_open
 from lemix.replies import Reply
 from lemix.status import Status, read_status
@@ -26,7 +35,7 @@ from lemix.versions import list_versions, roll_back
 from lemix.waiting import WaitingItem
 from lemix_common.errors import BadInput, BrokerUnreachable, QueueFull, WaitTimeout
 from lemix_common.ids import ItemId, Version, check_item_id, new_item_id
-from lemix_common.sampling import GREEDY, Sampling
+from lemix_common.stopped_text import stopped_text_of
 from lemix_common.store.cluster import MAIN_RUN
 from lemix_common.store.items import ENDED, Items
 
@@ -56,7 +65,8 @@ class Client:
         self._broker = self._connection.broker
         self._items = Items(self._broker)
         self.name = new_item_id()
-        self._inbox = Inbox(self._broker, self._broker.keys.replies(self.name), on_reply)
+        presence = Presence(self._broker, self.name, self._connection.client_expiry_s)
+        self._inbox = Inbox(self._broker, self._broker.keys.replies(self.name), presence, on_reply)
 
     # ---- any item
     @overload
@@ -80,38 +90,91 @@ class Client:
         return self._items.cancel(item_id)
 
     # ---- inference
-    def score(self, prompt: Text, reference: Text, *, timeout: float | None = None) -> Score:
+    def score(
+        self,
+        prompt: Text,
+        reference: Text,
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        timeout: float | None = None,
+    ) -> Score:
         """How likely the model finds ``reference`` after ``prompt``."""
-        return self.submit(ScoreItem(prompt, reference)).result(timeout)
+        item = ScoreItem(prompt, reference, priority=priority, deadline_s=deadline_s)
+        return self.submit(item).result(timeout)
 
+    @overload
     def generate(
         self,
         prompt: Text,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         *,
-        sampling: Sampling = GREEDY,
-        ignore_eos: bool = False,
+        n: None = None,
         timeout: float | None = None,
-    ) -> Generation:
-        """What the model says after ``prompt``."""
-        item = GenerateItem(prompt, max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
-        return self.submit(item).result(timeout)
+        **options: Unpack[GenerateOptions],
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompt: Text,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        *,
+        n: int,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]: ...
+    def generate(
+        self,
+        prompt: Text,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        *,
+        n: int | None = None,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Generation | list[Generation]:
+        """What the model says after ``prompt``; with ``n`` so many answers. Options are those of `GenerateItem`."""
+        item = GenerateItem(prompt, max_new_tokens, **options)
+        if n is None:
+            return self.submit(item).result(timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        futures = self.submit_answers(item, n)
+        return [
+            future.result(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            for future in futures
+        ]
+
+    def submit_answers(self, item: GenerateItem, n: int) -> list[Future[Generation]]:
+        """Queue an item for each of ``n`` answers to its prompt: ids ``NAME.0``, ``NAME.1``, …, seeds counted up.
+
+        If one is refused, those before it are cancelled, unless the caller named them and so may ask again.
+        """
+        prepared = [self._prepare_one(answer) for answer in answers(item, n)]
+        futures: list[Future[Generation]] = []
+        try:
+            for part in prepared:
+                futures.append(self._submit(part).future)  # noqa: PERF401 - what was queued is known if one fails
+        except BaseException:
+            if item.item_id is None:
+                for future in futures:
+                    future.cancel()
+            raise
+        return futures
 
     def stream(
         self,
         prompt: Text,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         *,
-        sampling: Sampling = GREEDY,
-        ignore_eos: bool = False,
         timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> TokenStream:
-        """The same, chunk by chunk as it comes; ``timeout`` is for the whole."""
-        item = GenerateItem(prompt, max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
-        return self.stream_item(item, timeout=timeout)
+        """The same, chunk by chunk as it comes, cancelled if this client goes away; ``timeout`` is for the whole."""
+        return self.stream_item(GenerateItem(prompt, max_new_tokens, **options), timeout=timeout)
 
     def stream_item(self, item: GenerateItem, *, timeout: float | None = None) -> TokenStream:
-        """The stream of an item of its own making."""
+        """The stream of an item of its own making; it ends with this client, unless the item says that it doesn't."""
+        if item.while_connected is None:
+            item = replace(item, while_connected=True)
         deadline = None if timeout is None else time.monotonic() + timeout
         return TokenStream(self._submit(self._prepare_one(item)), deadline)
 
@@ -160,9 +223,11 @@ class Client:
         return read_status(self._broker)
 
     def close(self) -> None:
-        """Stop listening; what was submitted goes on."""
-        self._inbox.close()
+        """Stop listening; what was submitted goes on, but for open streams and what else is to end with its client."""
         hasty = replace(self._broker, patience_s=0.0)
+        with suppress(BrokerUnreachable):  # the cluster finds out by itself
+            Items(hasty).leave(self.name)
+        self._inbox.close()
         with suppress(BrokerUnreachable):  # the stream expires by itself
             hasty.again(lambda: hasty.client.delete(self._inbox.stream))
         if self._is_own:
@@ -186,8 +251,11 @@ class Client:
         return parts[0]
 
     def _submit(self, prepared: PreparedItem) -> WaitingItem:
-        waiting = self._inbox.expect(self._waiting_item(prepared.item_id, prepared.fields))
-        about = {"client": self.name, "submitted_at": f"{self._broker.clock.now():.6f}"}
+        now = self._broker.clock.now()
+        about = {"client": self.name, "submitted_at": f"{now:.6f}"}
+        if prepared.deadline_s is not None:
+            about["deadline_at"] = f"{now + prepared.deadline_s:.6f}"
+        waiting = self._inbox.expect(self._waiting_item(prepared.item_id, prepared.fields, now))
         try:
             self._items.submit(prepared.item_id, prepared.fields | about, prepared.payload)
             if prepared.is_named:
@@ -229,13 +297,22 @@ class Client:
 
     def _look_up(self, item_id: ItemId) -> WaitingItem:
         """Wait for an item that this client doesn't know yet."""
-        waiting = self._waiting_item(item_id, self._items.get(item_id))
+        waiting = self._waiting_item(item_id, self._items.get(item_id), self._broker.clock.now())
         waiting.is_accepted = waiting.is_foreign = True
         waiting = self._inbox.expect(waiting)
         self._inbox.wake()
         return waiting
 
-    def _waiting_item(self, item_id: ItemId, fields: Mapping[str, object]) -> WaitingItem:
-        prompt_end = tuple(json.loads(str(fields.get("prompt_end", "[]"))))
-        decode = self._connection.tokenization.decode
-        return WaitingItem(Future(item_id, self.cancel), str(fields["kind"]), prompt_end, decode)
+    def _waiting_item(self, item_id: ItemId, fields: Mapping[str, object], now: float) -> WaitingItem:
+        about = {name: str(value) for name, value in fields.items()}
+        tokenization = self._connection.tokenization
+        return WaitingItem(
+            Future(item_id, self.cancel),
+            str(fields["kind"]),
+            new_text=lambda: stopped_text_of(
+                about, eos_ids=tokenization.card.eos_token_ids, decode=tokenization.decode
+            ),
+            clock=self._broker.clock,
+            submitted_at=now,
+            is_bound="while_connected" in fields and fields.get("client", self.name) == self.name,
+        )

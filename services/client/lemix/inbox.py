@@ -16,11 +16,13 @@ from typing import Any
 
 import structlog
 
-from lemix.replies import Reply, TokensGenerated, end_in_hash, read_reply, read_spans, tokens_of_versions
+from lemix.presence import Presence
+from lemix.replies import Reply, TokensGenerated, end_in_hash, read_replies, read_spans, tokens_of_versions
 from lemix.waiting import WaitingItem
 from lemix_common.broker import Broker, Entry
-from lemix_common.errors import BrokerUnreachable, ClusterError, ItemUnknown
+from lemix_common.errors import BrokerUnreachable, ClusterError, ItemCancelled, ItemUnknown
 from lemix_common.ids import ItemId
+from lemix_common.logprobs import TokenLogprob
 from lemix_common.store.items import Items
 
 log = structlog.get_logger()
@@ -37,6 +39,7 @@ class Inbox:
 
     broker: Broker
     stream: str
+    presence: Presence
     on_reply: Callable[[Reply], None] | None = None
     audit_every_s: float = 5.0
     _waiting: dict[ItemId, WaitingItem] = field(default_factory=dict)
@@ -73,11 +76,14 @@ class Inbox:
         self._say("look")
 
     def close(self) -> None:
-        """End the thread; items that have not ended go on, their futures fail."""
+        """End the thread; the futures of items that have not ended fail, the items go on but for those bound to it."""
         self._closing.set()
         if self._thread is not None:
             self._say("bye")
             self._thread.join(_CLOSE_S)
+        for item in self._bound():
+            self.forget(item.future.item_id)
+            item.fail(ItemCancelled(f"item {item.future.item_id} was cancelled: its client was closed"))
         self._fail_all(
             ClusterError("the client was closed before the item ended; ask again with result(item_id)")
         )
@@ -88,6 +94,8 @@ class Inbox:
             try:
                 entries = self.broker.read({self.stream: self._last_id}, block_s=self._block_s())
                 self._take(entries)
+                if self._bound():
+                    self.presence.show()
                 if not entries or self._next_audit == 0.0:
                     self._audit_when_due()
             except (
@@ -99,13 +107,18 @@ class Inbox:
     def _block_s(self) -> float:
         with self._lock:
             has_foreign = any(item.is_foreign for item in self._waiting.values())
-        return _FOREIGN_POLL_S if has_foreign else min(_BLOCK_S, self.audit_every_s)
+        return _FOREIGN_POLL_S if has_foreign else min(_BLOCK_S, self.audit_every_s, self.presence.every_s)
+
+    def _bound(self) -> list[WaitingItem]:
+        with self._lock:
+            return [item for item in self._waiting.values() if item.is_bound]
 
     def _take(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             self._last_id = entry.id
             if "event" in entry.fields:
-                self._apply(read_reply(entry.fields))
+                for reply in read_replies(entry.fields):
+                    self._apply(reply)
 
     def _apply(self, reply: Reply, *, is_made_up: bool = False) -> None:
         item = self.find(reply.item)
@@ -128,7 +141,9 @@ class Inbox:
         fresh = tokens[len(item.tokens) : upto]
         if fresh:
             spans = read_spans(self.broker.hash(self.broker.keys.item(item_id)))
-            for made_up in tokens_of_versions(item_id, len(item.tokens), fresh, spans):
+            texts = Items(self.broker).logprobs(item_id)[len(item.tokens) :]
+            logprobs = tuple(map(TokenLogprob.parse, texts[: len(fresh)]))
+            for made_up in tokens_of_versions(item_id, len(item.tokens), fresh, spans, logprobs):
                 self._apply(made_up, is_made_up=True)
 
     # ---- the hashes, when the stream is silent

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
 from lemix.items import GenerateItem, Item, OverLongRule, ScoreItem, TrainItem, UpdateRule
 from lemix.limits import Ids, reject_over_long, split_example, truncate_prompt
-from lemix.text_stream import last_piece
 from lemix.tokenization import ModelCard, Tokenization
+from lemix.urgency import check_urgency, urgency_fields
 from lemix_common.errors import BadInput
 from lemix_common.ids import ItemId, check_item_id, new_item_id
+from lemix_common.sampling import Stopping
+from lemix_common.text_stream import last_piece
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,22 +26,30 @@ class PreparedItem:
     payload: dict[str, Ids]
     is_named: bool
     """The caller chose the id, so it may exist already."""
+    deadline_s: float | None = None
+    """From its submission."""
 
 
 def prepare(item: Item, tokenization: Tokenization) -> list[PreparedItem]:
     """Tokenize and check; more than one part only of a training example whose rule is ``split``."""
     try:
         _check_rule(item)
-        match item:
-            case GenerateItem():
-                return [_generate(item, tokenization)]
-            case ScoreItem():
-                return [_score(item, tokenization)]
-            case TrainItem():
-                return _train(item, tokenization)
+        check_urgency(item)
+        parts, urgency = _parts(item, tokenization), urgency_fields(item)
+        return [replace(part, fields=part.fields | urgency, deadline_s=item.deadline_s) for part in parts]
     except BadInput as error:
         where = getattr(item, "where", "")
         raise (type(error)(f"{where}: {error}") if where else error) from None
+
+
+def _parts(item: Item, tokenization: Tokenization) -> list[PreparedItem]:
+    match item:
+        case GenerateItem():
+            return [_generate(item, tokenization)]
+        case ScoreItem():
+            return [_score(item, tokenization)]
+        case TrainItem():
+            return _train(item, tokenization)
 
 
 def _check_rule(item: Item) -> None:
@@ -50,8 +60,8 @@ def _check_rule(item: Item) -> None:
 
 
 def _generate(item: GenerateItem, tokenization: Tokenization) -> PreparedItem:
-    if item.max_new_tokens < 1:
-        raise BadInput(f"max_new_tokens {item.max_new_tokens}: ask for at least 1")
+    _check_length(item)
+    _check_stopping(item.stopping, tokenization)
     if item.on_update not in (None, *get_args(UpdateRule)):
         raise BadInput(f"on_update {item.on_update!r}: use {' or '.join(get_args(UpdateRule))}")
     prompt = tokenization.prompt_ids(item.prompt)
@@ -61,11 +71,32 @@ def _generate(item: GenerateItem, tokenization: Tokenization) -> PreparedItem:
         "max_new_tokens": item.max_new_tokens,
         "ignore_eos": int(item.ignore_eos),
         **asdict(item.sampling),
+        "stop_ids": json.dumps(item.stopping.stop_ids),
+        "stop_strings": json.dumps(item.stopping.stop_strings),
+        "include_stop": int(item.stopping.include_stop),
         "prompt_end": json.dumps(last_piece(tokenization.decode, fitted)),
     }
     if item.on_update is not None:
         fields["on_update"] = item.on_update
     return _prepared("generate", item.item_id, fitted, (), _about(tokenization) | fields)
+
+
+def _check_length(item: GenerateItem) -> None:
+    if type(item.max_new_tokens) is not int or item.max_new_tokens < 1:
+        raise BadInput(f"max_new_tokens {item.max_new_tokens}: ask for at least 1")
+    if item.sampling.min_tokens > item.max_new_tokens:
+        raise BadInput(
+            f"min_tokens {item.sampling.min_tokens} is more than max_new_tokens {item.max_new_tokens}: ask for fewer"
+        )
+
+
+def _check_stopping(stopping: Stopping, tokenization: Tokenization) -> None:
+    size = tokenization.card.vocab_size
+    for stop_id in stopping.stop_ids:
+        if stop_id >= size:
+            raise BadInput(f"stop id {stop_id} is not in the model's vocabulary (ids 0 to {size - 1})")
+    if stopping.stop_strings and tokenization.tokenizer is None:
+        raise BadInput("stop strings need a tokenizer, and the cluster's model has none: give stop ids")
 
 
 def _score(item: ScoreItem, tokenization: Tokenization) -> PreparedItem:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lemix.answers import VersionSpans
 from lemix_common.ids import ItemId
+from lemix_common.logprobs import TokenLogprob
 
 EndState = Literal["done", "failed", "cancelled"]
 
@@ -21,6 +22,8 @@ class TokensGenerated:
     index: int
     tokens: tuple[int, ...]
     weights_version: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One a token, if asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,26 +47,27 @@ class ItemEnded:
 Reply = TokensGenerated | ItemEnded
 
 
-def read_reply(fields: Mapping[str, str]) -> Reply:
-    """A reply as the cluster's Lua wrote it."""
-    item, event = ItemId(fields["item"]), fields["event"]
-    match event:
-        case "token":
-            return TokensGenerated(
-                item=item,
-                index=int(fields["index"]),
-                tokens=tuple(json.loads(fields["tokens"])),
-                weights_version=fields["weights_version"],
-            )
-        case "done" | "failed" | "cancelled":
-            return ItemEnded(
-                item=item,
-                state=event,
+def read_replies(fields: Mapping[str, str]) -> Iterator[Reply]:
+    """What an entry of a reply stream says, as the cluster's Lua wrote it: an iteration's tokens, or an item's end."""
+    match fields["event"]:
+        case "tokens":
+            for item, index, tokens, version, logprobs in json.loads(fields["said"]):
+                yield TokensGenerated(
+                    item=ItemId(item),
+                    index=int(index),
+                    tokens=tuple(tokens),
+                    weights_version=version,
+                    logprobs=tuple(map(TokenLogprob.of, logprobs)),
+                )
+        case "done" | "failed" | "cancelled" as state:
+            yield ItemEnded(
+                item=ItemId(fields["item"]),
+                state=state,
                 result=fields.get("result", ""),
                 reason=fields.get("reason", ""),
                 version_spans=read_spans(fields),
             )
-        case _:
+        case event:
             raise ValueError(f"unknown reply {event!r}")
 
 
@@ -90,11 +94,18 @@ def read_spans(fields: Mapping[str, str]) -> VersionSpans:
 
 
 def tokens_of_versions(
-    item: ItemId, index: int, tokens: Sequence[int], spans: VersionSpans
+    item: ItemId,
+    index: int,
+    tokens: Sequence[int],
+    spans: VersionSpans,
+    logprobs: Sequence[TokenLogprob] = (),
 ) -> Iterator[TokensGenerated]:
     """Tokens, the first of them at ``index``, cut where their version changes."""
     ends = [begin for begin, _ in spans[1:]] + [index + len(tokens)]
     for (begin, version), end in zip(spans, ends, strict=True):
         first = max(begin, index)
-        if part := tuple(tokens[first - index : max(first, end) - index]):
-            yield TokensGenerated(item=item, index=first, tokens=part, weights_version=version)
+        cut = slice(first - index, max(first, end) - index)
+        if part := tuple(tokens[cut]):
+            yield TokensGenerated(
+                item=item, index=first, tokens=part, weights_version=version, logprobs=tuple(logprobs[cut])
+            )

@@ -12,10 +12,10 @@ from typing import Self
 from lemix.answers import Chunk, Generation
 from lemix.futures import Future
 from lemix.replies import TokensGenerated
-from lemix.text_stream import TextStream
 from lemix.waiting import WaitingItem
 from lemix_common.errors import WaitTimeout
 from lemix_common.ids import ItemId
+from lemix_common.stopped_text import StoppedText
 
 
 @dataclass(eq=False)
@@ -24,12 +24,12 @@ class TokenStream(Iterator[Chunk]):
 
     _item: WaitingItem
     _deadline: float | None = None
-    _text: TextStream = field(init=False)
+    _text: StoppedText = field(init=False)
     _num_shown: int = 0
     _is_over: bool = False
 
     def __post_init__(self) -> None:
-        self._text = TextStream(self._item.decode, list(self._item.prompt_end))
+        self._text = self._item.new_text()
 
     @property
     def item_id(self) -> ItemId:
@@ -45,9 +45,16 @@ class TokenStream(Iterator[Chunk]):
         if self._is_over:
             raise StopIteration
         match self._next_news():
-            case TokensGenerated(index=index, tokens=tokens, weights_version=version):
+            case TokensGenerated(index=index, tokens=tokens, weights_version=version, logprobs=logprobs):
                 self._num_shown = index + len(tokens)
-                return Chunk(index=index, tokens=tokens, text=self._text.add(tokens), weights_version=version)
+                return Chunk(
+                    index=index,
+                    tokens=tokens,
+                    text=self._text.add(tokens),
+                    weights_version=version,
+                    logprobs=logprobs,
+                    at_s=self._item.heard_s(index),
+                )
             case _:
                 return self._last_chunk()
 
@@ -88,5 +95,8 @@ class TokenStream(Iterator[Chunk]):
             tokens=rest,
             text=self._text.add(rest) + self._text.end(),
             weights_version=answer.version_spans[-1][1],
+            logprobs=answer.logprobs[self._num_shown :],
             finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason,
+            at_s=answer.response_s,
         )

@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import assert_never
 
 import structlog
 
 from lemix_common.broker import Broker, Entry
-from lemix_common.errors import Fenced
+from lemix_common.errors import BrokerUnreachable, Fenced
 from lemix_common.settings import ClusterSettings
 from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import MAIN_RUN, Cluster
@@ -53,6 +53,7 @@ LEASE_S = 3.0
 DISPATCH_AT_ONCE = 200
 PLAN_AHEAD = 32
 RECLAIM_EVERY_S = 1.0
+LOOK_FOR_CLIENTS_EVERY_S = 1.0
 ENQUEUE_AGAIN_S = 2.0
 
 
@@ -73,6 +74,8 @@ class Coordinator:
     view: ClusterView | None = None
     _outages: int = 0
     _trust_heartbeats_at: float = 0.0
+    _trust_clients_at: float = 0.0
+    _looked_for_clients_at: float = 0.0
     _reclaimed_at: float = 0.0
     _looked_back_at: float = 0.0
     _reclaimed_epochs: tuple[tuple[int, int, bool], ...] = ()
@@ -85,7 +88,7 @@ class Coordinator:
         self.updates = Updates(self.broker)
         now = self.broker.clock.now()
         self.reader = Reader(self.cluster, self.versions)
-        self._trust_heartbeats_at = now + self.settings.heartbeat_expiry_s
+        self._distrust_silence(now)
 
     def run(self, stop: threading.Event) -> None:
         """Lead, or stand by until the leader is gone, until told to stop."""
@@ -121,7 +124,8 @@ class Coordinator:
         now = self.broker.clock.now()
         if self.broker.outages != self._outages:
             self._outages = self.broker.outages
-            self._trust_heartbeats_at = now + self.settings.heartbeat_expiry_s
+            self._distrust_silence(now)
+        self._take_back(now)
         self._plan_steps()
         view = self.view = self.reader.view(
             self.settings,
@@ -214,6 +218,26 @@ class Coordinator:
             self._enqueued = {name: when for name, when in self._enqueued.items() if now - when[1] < 60}
             self._enqueued[operation] = (progress, now)
             self.transitions.advance(operation)
+
+    def _distrust_silence(self, now: float) -> None:
+        """Whoever is silent may have had no broker to speak to: give all of them the time to be heard again."""
+        self._trust_heartbeats_at = now + self.settings.heartbeat_expiry_s
+        self._trust_clients_at = now + self.settings.client_expiry_s
+
+    # ---- items that nobody wants any more
+    def _take_back(self, now: float) -> None:
+        """End what is past its deadline, and what was to end with a client that is gone."""
+        if late := self.items.end_overdue(self.epoch):
+            log.warning("deadlines_passed", items=late)
+        if now < max(self._trust_clients_at, self._looked_for_clients_at + LOOK_FOR_CLIENTS_EVERY_S):
+            return
+        self._looked_for_clients_at = now
+        try:  # not again after an outage, when every client may have been silent for too long
+            hasty = Items(replace(self.broker, patience_s=0.0))
+            if abandoned := hasty.cancel_abandoned(self.epoch):
+                log.warning("clients_gone", items=abandoned)
+        except BrokerUnreachable:
+            self.broker.outages += 1
 
     # ---- training
     def _plan_steps(self) -> None:

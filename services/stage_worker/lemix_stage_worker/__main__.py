@@ -20,7 +20,6 @@ from lemix_common.clock import SystemClock
 from lemix_common.errors import BadInput, Fenced, LemixError
 from lemix_common.ids import WorkerId
 from lemix_common.logs import configure_logs
-from lemix_common.machine import memory_limit_bytes
 from lemix_common.metrics import metrics_address
 from lemix_common.metrics_page import metrics_page
 from lemix_common.sign_of_life import SignOfLife
@@ -28,6 +27,7 @@ from lemix_common.store.cluster import Cluster
 from lemix_common.store.joining import join_cluster
 from lemix_common.transports import Identity, open_transport
 from lemix_common.transports.place import socket_folders, this_place, usual_addresses
+from lemix_stage_worker.device import choose_device, device_memory_bytes, device_text, prepare
 from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
@@ -105,7 +105,9 @@ def run(
     cluster = Cluster(broker)
     state = cluster.state()  # before the settings: a change of them between these lines is noticed
     settings = cluster.settings()
-    source = open_model(Path(broker.hash(broker.keys.model)["path"]), dtype=dtype_named(settings.dtype))
+    device = prepare(choose_device(settings.device, options.slot))
+    folder = Path(broker.hash(broker.keys.model)["path"])
+    source = open_model(folder, dtype=dtype_named(settings.dtype), device=device)
     if source.config.model_type not in TESTED_FAMILIES:
         check_family(source)
     inbox = Inbox()
@@ -127,9 +129,9 @@ def run(
         "slot": options.slot,
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "device": "cpu",
+        "device": device_text(device),
         "address": address,
-        "memory": memory_limit_bytes(),
+        "memory": device_memory_bytes(device),
         "generation": state["generation"],
         "registered_at": f"{broker.clock.now():.6f}",
     }

@@ -81,7 +81,7 @@ class StageActivations:
     head_row: int
     """Bytes of one position's logits, at their precision in the loss; 0 without a head."""
     head_gradient: int
-    """Of the head's parameters, kept apart until the microbatch's last gradient; 0 without a head."""
+    """Of the head's parameters, kept apart (or less, of which it is made) until a microbatch's last one; else 0."""
 
     def held(self, lengths: Sequence[int], *, recompute: bool = False) -> int:
         """Bytes held of a microbatch between its forward and its last gradient, by its examples' tokens."""

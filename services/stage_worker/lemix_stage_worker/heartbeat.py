@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import structlog
 
 from lemix_common.errors import BrokerUnreachable
-from lemix_common.machine import resident_bytes
 from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import Cluster
+from lemix_stage_worker.device import used_memory_bytes
 from lemix_stage_worker.worker import Worker
 
 log = structlog.get_logger()
@@ -60,7 +60,7 @@ class Heartbeat:
             self.worker.name,
             self.worker.progress,
             expiry_s=self.expiry_s,
-            memory_used_bytes=resident_bytes(),
+            memory_used_bytes=used_memory_bytes(self.worker.source.device),
             links=", ".join(f"{peer} {way}" for peer, way in sorted(ways.items())),
         )
 

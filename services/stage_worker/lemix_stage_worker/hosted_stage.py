@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from lemix_common.ids import Version
+from lemix_stage_worker.model.paged_attention import KeyValueCache
+from lemix_stage_worker.model.sampling import Chooser
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.model.stage import StageCut, StageModel, build_stage
 from lemix_stage_worker.sealed_weights import open_sealed
@@ -29,13 +31,13 @@ class Neighbourhood:
     hosts: tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CacheKey:
-    """A cache belongs to one attempt at one item, and to the version that computed it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenedItem:
+    """An item that rows of iterations may be of."""
 
     item: str
     attempt: int
-    version: str
+    chooser: Chooser
 
 
 @dataclass(eq=False)
@@ -53,7 +55,11 @@ class HostedStage:
     training: TrainingState | None
     epoch: int = 0
     is_ready: bool = False
-    caches: dict[CacheKey, DynamicCache] = field(default_factory=dict)
+    num_blocks: int = 0
+    """Of the key-value cache, on every stage of the node."""
+    opened: dict[int, OpenedItem] = field(default_factory=dict)
+    """By their numbers on the node."""
+    cache: KeyValueCache | None = None
 
     @property
     def is_first(self) -> bool:
@@ -66,27 +72,24 @@ class HostedStage:
         return self.stage == self.stages - 1
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.source.device
+
+    @property
     def memory_bytes(self) -> int:
-        """Weights of all resident versions; one that training shares is counted once."""
+        """Weights of all resident versions; what training shares with one that is as it was stored is counted once."""
         state = self.training
         trained = [state.newest, state.older] if state is not None else []
-        owned = sum(weights is not None and not weights.is_shared for weights in trained)
+        is_packed = any(shell.is_packed for shell in self.versions.values())
+        owned = sum(weights is not None and (is_packed or not weights.is_shared) for weights in trained)
         return self.template.weight_bytes * (len(self.versions) + owned)
 
-    def open_cache(self, key: CacheKey) -> bool:
-        """Make the item's only cache on this stage; whether that replaces one of the same attempt.
-
-        A version that isn't resident fails when its step runs.
-        """
-        is_rebuilt = any((held.item, held.attempt) == (key.item, key.attempt) for held in self.caches)
-        self.drop_caches(key.item)
-        if key.version in self.versions:
-            self.caches[key] = self.versions[key.version].new_cache()
-        return is_rebuilt
-
-    def drop_caches(self, item: str) -> None:
-        """Free what the item holds, whatever the attempt and version."""
-        self.caches = {key: cache for key, cache in self.caches.items() if key.item != item}
+    def open_cache(self) -> KeyValueCache:
+        """The stage's keys and values; made when they are first asked for, since weights tell their type."""
+        if self.cache is None:
+            self.cache = KeyValueCache.of(next(iter(self.versions.values())), self.num_blocks)
+        return self.cache
 
 
 def build_template(source: ModelSource, stage: int, layers: tuple[range, ...]) -> StageModel:
@@ -108,7 +111,7 @@ def stage_of(source: ModelSource, template: StageModel, tensors: Mapping[str, Te
     """A shell that computes on these tensors (masters are rounded), and doesn't learn."""
     shell = template.shell()
     names = template.parameter_names()
-    shell.load({name: tensors[name].to(source.dtype) for name in names}, trainable=False)
+    shell.load({name: tensors[name].to(source.device, source.dtype) for name in names}, trainable=False)
     return shell
 
 
@@ -121,10 +124,11 @@ def load_training(
         return TrainingState(version.step, base, overlaps, lineage=version.lineage)
     weights = open_sealed(Path(directory))
     names = template.parameter_names()
-    masters = weights.read(names)
+    masters = _moved(weights.read(names), source.device)
     newest = _loaded(template, {name: tensor.to(source.dtype) for name, tensor in masters.items()})
     check_answers(newest.model, weights.manifest.probe, weights.manifest.directory)
-    others = weights.read([name for name in optimizer_names(template) if name in weights.specs])
+    kept_names = [name for name in optimizer_names(template) if name in weights.specs]
+    others = _moved(weights.read(kept_names), source.device)
     older = {name: others.pop(optimizer_name("older", name), None) for name in names}
     kept = {name: tensor for name, tensor in older.items() if tensor is not None}
     return TrainingState(
@@ -151,3 +155,7 @@ def _loaded(template: StageModel, tensors: Mapping[str, Tensor], *, is_shared: b
     shell = template.shell()
     shell.load(tensors)
     return Weights(shell, is_shared)
+
+
+def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

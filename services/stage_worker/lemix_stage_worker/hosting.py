@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
@@ -11,7 +11,6 @@ import structlog
 from lemix_common.broker import Broker
 from lemix_common.errors import Fenced, WeightsDamaged
 from lemix_common.ids import BASE_VERSION, Version
-from lemix_common.machine import memory_limit_bytes
 from lemix_common.messages import LoadTraining
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
@@ -21,6 +20,7 @@ from lemix_common.store.training import Training
 from lemix_common.store.versions import Versions
 from lemix_stage_worker.activation_memory import predict_memory, training_way
 from lemix_stage_worker.background import Background
+from lemix_stage_worker.device import device_memory_bytes
 from lemix_stage_worker.hosted_stage import (
     BASE_DIRECTORY,
     HostedStage,
@@ -33,6 +33,8 @@ from lemix_stage_worker.hosted_stage import (
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
 from lemix_stage_worker.memory import peak_rss_bytes
+from lemix_stage_worker.model.packed_linear import pack_stage
+from lemix_stage_worker.model.paged_attention import num_kv_blocks
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.model.stage import StageModel
 from lemix_stage_worker.puller import Puller
@@ -112,6 +114,12 @@ class Hosting:
         """Have a node start afresh, unless it has done so since ``epoch``."""
         self.background.do(lambda: self.cluster.link_lost(node, epoch, peer))
 
+    def each_first_stage(self, act: Callable[[HostedStage], None]) -> None:
+        """Do something with each stage 0 here."""
+        for host in list(self.stages.values()):
+            if host.is_first:
+                act(host)
+
     def close(self) -> None:
         """Pull no more."""
         for puller in self.pullers.values():
@@ -136,7 +144,7 @@ class Hosting:
                 self.owner.stage_gone(position)
             elif host is not None:
                 host.epoch, host.is_ready = epoch, False
-                host.caches.clear()
+                host.opened.clear()
                 self._report_ready(host)
             elif position not in self._building:  # what is being built takes the newest epoch at its end
                 self._build(node, stage)
@@ -160,7 +168,7 @@ class Hosting:
                 weight_bytes=host.template.weight_bytes,
                 peak_rss_bytes=peak_rss_bytes(),
             )
-            self._report_ready(host)
+            self._pack(host)
 
         def failed(error: Exception) -> None:
             if isinstance(error, Fenced):
@@ -191,7 +199,28 @@ class Hosting:
             template=template,
             versions=served,
             training=training,
+            num_blocks=num_kv_blocks(
+                self.source,
+                self.layers,
+                max_running=self.settings.max_running,
+                kv_bytes=self.settings.kv_bytes,
+            ),
         )
+
+    def _pack(self, host: HostedStage) -> None:
+        """Make the versions ready to be computed with; training, which may share them, keeps them as they are."""
+        stored = dict(host.versions)
+
+        def pack() -> dict[str, StageModel]:
+            return {version: pack_stage(shell) for version, shell in stored.items()}
+
+        def packed(shells: Mapping[str, StageModel]) -> None:
+            host.versions.update(
+                (version, shells[version]) for version in shells.keys() & host.versions.keys()
+            )
+            self._report_ready(host)
+
+        self.background.do(pack, packed)
 
     def _report_ready(self, host: HostedStage) -> None:
         """Say that the stage can serve in its epoch; versions that became live meanwhile are loaded first."""
@@ -209,7 +238,7 @@ class Hosting:
                 layers=(layers.start, layers.stop - 1),
                 memory_bytes=host.memory_bytes,
             )
-            return {version: self._load_version(host.template, version) for version in missing}, retired
+            return {version: self._load_to_serve(host.template, version) for version in missing}, retired
 
         def reported(answer: tuple[dict[str, StageModel], list[str]]) -> None:
             loaded, retired = answer
@@ -284,7 +313,7 @@ class Hosting:
             if not isinstance(error, (Fenced, WeightsDamaged)):
                 self.background.failure = error
 
-        self.background.do(lambda: self._load_version(host.template, version), prepared, failed)
+        self.background.do(lambda: self._load_to_serve(host.template, version), prepared, failed)
 
     def load_training(self, host: HostedStage, notice: LoadTraining) -> None:
         """Give a stage the training state of a checkpoint."""
@@ -322,7 +351,7 @@ class Hosting:
 
     def _tell_memory(self, state: TrainingState, node: int, stage: int) -> None:
         """Say what training will take on a stage, with microbatches as long as they may be, before it takes it."""
-        settings, limit = self.settings, memory_limit_bytes()
+        settings, limit = self.settings, device_memory_bytes(self.source.device)
         way = training_way(settings, stage)
         longest = (min(settings.microbatch_tokens or self.source.context_length, self.source.context_length),)
         needed = predict_memory(state.model, state.newest.activations, [longest] * way.held, way)
@@ -345,6 +374,9 @@ class Hosting:
             f"bring the file back and `lemix up --resume`, or go back with `lemix rollback {before[-1]}`"
         )
         return self.versions.refuse_training(notice.run, notice.directory, f"{error}: {way_out}")
+
+    def _load_to_serve(self, template: StageModel, version: str) -> StageModel:
+        return pack_stage(self._load_version(template, version))
 
     def _load_version(self, template: StageModel, version: str) -> StageModel:
         """A live version's weights; `Fenced` if it isn't live any more.

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lemix_stage_worker.model.layer_call import LayerCall, kind_of, listen
 from lemix_stage_worker.model.scoring import target_rows, token_logprobs
 from lemix_stage_worker.model.stage import StageModel
 from lemix_stage_worker.split_backward import WeightNotes
@@ -37,6 +38,8 @@ class LayerGraph:
     source: Tensor
     """Of its own, where the borders are detached."""
     positions_T: Tensor
+    call: LayerCall | None = None
+    """How the layer is called, once that is known."""
     notes: WeightNotes = field(default_factory=WeightNotes)
     output: Tensor | None = None
     """With its graph; None while there is none."""
@@ -44,13 +47,13 @@ class LayerGraph:
     def compute(self) -> Tensor:
         """The output, keeping its graph."""
         with self.notes:
-            self.output = self.part(self.source, self.positions_T)
+            self.output = self._run()
         return self.output
 
     def compute_only(self) -> Tensor:
         """The output without a graph."""
         with torch.no_grad():
-            return self.part(self.source, self.positions_T)
+            return self._run()
 
     def input_gradient(self, gradient_BTD: Tensor) -> Tensor | None:
         """The input's gradient, without the parameters'; None at the embedding."""
@@ -61,6 +64,12 @@ class LayerGraph:
     def weight_gradient(self) -> None:
         """Accumulate the parameters' gradients."""
         self.notes.add_up()
+
+    def _run(self) -> Tensor:
+        if self.call is not None and not self.part.is_first:
+            return self.call(self.part, self.source)
+        output, self.call = listen(self.part, self.source, self.positions_T)
+        return output
 
 
 @dataclass(eq=False)
@@ -90,13 +99,16 @@ class LayerPass:
         """Run the layers on ids_BT or hidden_BTD; yields after each."""
         lengths = self.lengths or (source.shape[1],)
         positions_T = torch.cat([torch.arange(length, device=source.device) for length in lengths])
+        calls: dict[str | None, LayerCall | None] = {}
         for part in self.parts:
             source = source.detach()
             if source.is_floating_point():
                 source.requires_grad_()
-            graph = LayerGraph(part, source, positions_T)
+            kind = kind_of(part)
+            graph = LayerGraph(part, source, positions_T, calls.get(kind))
             self._graphs.append(graph)
             source = graph.compute_only() if self.recompute else graph.compute()
+            calls[kind] = graph.call
             yield
         self._output = source.detach()
 
@@ -139,8 +151,11 @@ class HeadPass:
     """The tokens of each example in the row; empty: the row is one example."""
     losses: tuple[float, ...] = ()
     """What each example adds to the loss, in order; their sum is the loss."""
-    _gradients: list[Tensor] = field(default_factory=list)
-    """Of the hidden states, then of the head's parameters."""
+    _gradient_BTD: Tensor | None = None
+    _notes: WeightNotes | None = None
+    """What the only chunk leaves to be added to the parameters' gradients, if that is less than the gradients."""
+    _sums: dict[Tensor, Tensor] = field(default_factory=dict)
+    """Else the parameters' gradients."""
 
     @property
     def loss(self) -> float:
@@ -152,34 +167,47 @@ class HeadPass:
         The parameters' gradients are kept back until `add_gradients`: a schedule may run several microbatches' heads
         before it comes to the weights' half of the first one's backward.
         """
-        self.hidden_BTD = self.hidden_BTD.detach().requires_grad_()
         lengths = self.lengths or (self.hidden_BTD.shape[1],)
         example_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         losses_E = torch.zeros(len(lengths), dtype=torch.float64)
         self.losses = (0.0,) * len(lengths)
-        for rows_R in target_rows(targets_BT[0], max_rows=HEAD_ROWS):
-            logprobs_R = token_logprobs(self.model, self.hidden_BTD[0][rows_R], targets_BT[0][rows_R])
-            found = torch.autograd.grad(
-                -logprobs_R.sum() / num_targets, [self.hidden_BTD, *self._parameters()]
-            )
-            for total, gradient in zip(self._gradients, found, strict=False):
-                total.add_(gradient)
-            self._gradients = self._gradients or list(found)
-            losses_E.index_add_(0, example_T[rows_R.cpu()], -logprobs_R.detach().cpu().double())
+        chunks = target_rows(targets_BT[0], max_rows=HEAD_ROWS)
+        for rows_R in chunks:
+            logprobs_R, notes = self._go_through(rows_R, targets_BT[0][rows_R], num_targets)
+            if len(chunks) > 1 or len(rows_R) > self.hidden_BTD.shape[-1]:
+                notes.add_to(self._sums)
+            else:
+                self._notes = notes
+            losses_E.index_add_(0, example_T[rows_R.cpu()], -logprobs_R.cpu().double())
             self.losses = tuple((losses_E / num_targets).tolist())
             yield
 
     @property
     def gradient_BTD(self) -> Tensor:
         """Of the hidden states; zeros where nothing was asked."""
-        return self._gradients[0] if self._gradients else torch.zeros_like(self.hidden_BTD)
+        if self._gradient_BTD is None:
+            self._gradient_BTD = torch.zeros_like(self.hidden_BTD)
+        return self._gradient_BTD
 
     def add_gradients(self) -> None:
         """Accumulate the parameters' gradients."""
-        for parameter, gradient in zip(self._parameters(), self._gradients[1:], strict=False):
+        if self._notes is not None:
+            self._notes.add_up()
+        for parameter, gradient in self._sums.items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        self._gradients = self._gradients[:1]
+        self._sums = {}
 
-    def _parameters(self) -> list[Tensor]:
+    def _go_through(self, rows_R: Tensor, targets_R: Tensor, num_targets: int) -> tuple[Tensor, WeightNotes]:
+        """Some positions' way through the head and back; their log-probabilities, and what parameters are to get."""
         assert self.model.head is not None
-        return list(self.model.head.parameters())
+        hidden_RD = self.hidden_BTD[0][rows_R].detach().requires_grad_()
+        notes = WeightNotes()
+        with notes:
+            logprobs_R = token_logprobs(self.model, hidden_RD, targets_R)
+        loss = -logprobs_R.sum() / num_targets
+        gradient_RD = notes.input_gradient(
+            loss, torch.ones_like(loss), hidden_RD, self.model.head.parameters()
+        )
+        assert gradient_RD is not None
+        self.gradient_BTD[0][rows_R] = gradient_RD
+        return logprobs_R.detach(), notes

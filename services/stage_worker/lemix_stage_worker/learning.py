@@ -35,6 +35,7 @@ from lemix_stage_worker.hosted_stage import HostedStage
 from lemix_stage_worker.layer_passes import HeadPass, LayerPass
 from lemix_stage_worker.ready_queue import Task, Urgency
 from lemix_stage_worker.step_work import Example, MicrobatchPass, Returned, Row, StepWork
+from lemix_stage_worker.tensors import copy_on, on_device
 
 log = structlog.get_logger()
 
@@ -206,10 +207,10 @@ class Learner:
             case TrainBackward():
                 work.returned[frame.microbatch] = Returned(tensors[0], release, at)
             case AddShardGradients():
-                work.add_shard(frame.shard, [tensor.clone() for tensor in tensors])
+                work.add_shard(frame.shard, [copy_on(tensor, self.host.device) for tensor in tensors])
                 release()
             case AddTiedGradient():
-                work.tied = tensors[0].clone()
+                work.tied = copy_on(tensors[0], self.host.device)
                 release()
         self._go_on()
 
@@ -286,7 +287,7 @@ class Learner:
             row.lengths,
             recompute=self.settings.recompute,
         )
-        yield from layers.forward(row.source)
+        yield from layers.forward(on_device(row.source, host.device))
         work.passes[microbatch] = MicrobatchPass(row, layers)
         if not host.is_last:
             frame = TrainForward(
@@ -302,7 +303,7 @@ class Learner:
         host, held = self.host, work.passes[microbatch]
         returned = work.returned.pop(microbatch, None)
         if returned is not None:
-            gradient_BTD, held.release = returned.gradient_BTD, returned.release
+            gradient_BTD, held.release = on_device(returned.gradient_BTD, host.device), returned.release
         else:
             yield from self._head(work, microbatch, held)
             assert held.head is not None
@@ -320,7 +321,8 @@ class Learner:
         assert work.weights is not None
         assert work.planned is not None
         held.head = HeadPass(work.weights.model, held.layers.output, held.row.lengths)
-        yield from held.head.run(held.row.targets_BT, work.planned.reference_tokens)
+        targets_BT = on_device(held.row.targets_BT, self.host.device)
+        yield from held.head.run(targets_BT, work.planned.reference_tokens)
         work.note_losses(microbatch, held.head.losses)
 
     def _end_microbatch(self, work: StepWork, microbatch: int) -> None:

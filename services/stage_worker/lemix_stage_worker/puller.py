@@ -1,18 +1,31 @@
-"""Pulls a node's items for its stage 0, as many as may run at a time."""
+"""Pulls a node's items for its stage 0, and starts as many as may run at a time, in the order of their turns.
+
+Whatever the node was given waits in a line here, as entries of a few words each (never more than the cluster's
+``max_queue``), so that an urgent item needn't wait behind others in the stream. The line is filled up whenever there
+is room, right before the first in it are started. Until then nothing has happened to an item: no version is pinned for
+it, and no delivery is counted if the node is lost; one that was taken back meanwhile is found out at its start.
+"""
 
 from __future__ import annotations
 
+import heapq
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import structlog
 
 from lemix_common.broker import Entry
 from lemix_common.errors import BrokerUnreachable
 from lemix_common.store.items import STAGE_0, Items
+from lemix_stage_worker.admission import turn
 from lemix_stage_worker.inbox import Inbox, ItemsStarted
 
 log = structlog.get_logger()
+
+PAGE = 500
+"""Entries of one read."""
 
 
 @dataclass
@@ -26,6 +39,11 @@ class Puller:
     epoch: int
     max_running: int
     _held: set[str] = field(default_factory=set)
+    """Entries of the items in work."""
+    _line: list[tuple[float, int, Entry]] = field(default_factory=list)
+    """A heap of those that wait: by their turns, then as they came."""
+    _in_line: set[str] = field(default_factory=set)
+    _arrivals: count[int] = field(default_factory=count)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -54,8 +72,8 @@ class Puller:
             try:
                 # a reply that was lost with the broker strands its entries: they are read again
                 stranded, outages = broker.outages != outages, broker.outages
-                entries = self._read(self.max_running, after="0") if stranded else self._read(room, after=">")
-                self._take([entry for entry in entries if entry.id not in self._held])
+                self._line_up_pending() if stranded else self._line_up_new()
+                self._take([self._next() for _ in range(min(room, len(self._line)))])
             except BrokerUnreachable as error:
                 log.error("pull_failed", node=self.node, reason=str(error))
 
@@ -65,10 +83,39 @@ class Puller:
             self._changed.wait_for(lambda: self._stopped.is_set() or len(self._held) < self.max_running)
             return 0 if self._stopped.is_set() else self.max_running - len(self._held)
 
-    def _read(self, count: int, *, after: str) -> list[Entry]:
-        stream, consumer = self.items.broker.keys.work(self.node), f"{self.worker}:{self.epoch}"
-        return self.items.broker.read_group(stream, STAGE_0, consumer, block_s=1.0, count=count, after=after)
+    # ---- the line
+    def _line_up_new(self) -> None:
+        """Everything that the node was given since; waits for something only where nobody is in line."""
+        entries = self._read(">", block_s=0.0 if self._line else 1.0)
+        self._line_up(entries)
+        while len(entries) == PAGE:
+            entries = self._read(">", block_s=0.0)
+            self._line_up(entries)
 
+    def _line_up_pending(self) -> None:
+        """What this consumer was given before, and never got."""
+        after = "0"
+        while entries := self._read(after, block_s=0.0):
+            self._line_up([e for e in entries if e.id not in self._held and e.id not in self._in_line])
+            after = entries[-1].id
+
+    def _line_up(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            heapq.heappush(self._line, (turn(entry.fields), next(self._arrivals), entry))
+            self._in_line.add(entry.id)
+
+    def _next(self) -> Entry:
+        *_, entry = heapq.heappop(self._line)
+        self._in_line.discard(entry.id)
+        return entry
+
+    def _read(self, after: str, *, block_s: float) -> list[Entry]:
+        stream, consumer = self.items.broker.keys.work(self.node), f"{self.worker}:{self.epoch}"
+        return self.items.broker.read_group(
+            stream, STAGE_0, consumer, block_s=block_s, count=PAGE, after=after
+        )
+
+    # ---- into work
     def _take(self, entries: list[Entry]) -> None:
         if not entries:
             return

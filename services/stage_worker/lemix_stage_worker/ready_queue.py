@@ -33,6 +33,16 @@ CATEGORY = {
 """What a step is called in traces."""
 
 
+@dataclass(eq=False)
+class Batch:
+    """What a serving step computes; told when it runs, if it is decided then."""
+
+    items: list[tuple[str, float]] = field(default_factory=list)
+    """With the time since when each could have been computed on."""
+    version: str = ""
+    num_tokens: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """A piece of compute on one stage."""
@@ -48,6 +58,8 @@ class Task:
     run: Callable[[], Iterator[None] | None]
     """Does it, or begins it and yields at safepoints."""
     failed: Callable[[Exception], None]
+    batch: Batch | None = None
+    """Of a serving step, all its items."""
     rank: int = 0
     """Its place in the schedule, where that orders the passes of several stages of this worker: before urgency."""
 

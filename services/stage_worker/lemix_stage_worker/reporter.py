@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ log = structlog.get_logger()
 
 SPANS_EVERY_S = 0.25
 SPANS_AT_MOST = 500
+_LEFT_OUT_IF_EMPTY = ("others", "more", "tokens", "waits")
 
 _SPANS = Lua(
     "report_spans",
@@ -50,11 +51,20 @@ class Span:
     worker: str
     cat: str
     item: str
+    """The first of those it was done for."""
     version: str
     start: float
     end: float
     blocked_s: float
-    """How long it waited, ready, behind training."""
+    """How long it waited, ready, behind training: the longest of its items' waits."""
+    others: tuple[str, ...] = ()
+    """The next ones."""
+    more: int = 0
+    """How many items more it was done for."""
+    tokens: int = 0
+    """Of an iteration."""
+    waits: Mapping[str, float] = field(default_factory=dict)
+    """How long each of its items waited so, of those that did."""
 
 
 @dataclass
@@ -135,15 +145,17 @@ class Reporter:
 
 def _readable(span: Span) -> dict[str, object]:
     fields = asdict(span)
-    return fields | {name: round(fields[name], 6) for name in ("start", "end", "blocked_s")}
+    shown = fields | {name: round(fields[name], 6) for name in ("start", "end", "blocked_s")}
+    shown["waits"] = {item: round(waited_s, 6) for item, waited_s in span.waits.items()}
+    return {name: value for name, value in shown.items() if value or name not in _LEFT_OUT_IF_EMPTY}
 
 
 def _blocked_by_item(spans: list[Span]) -> dict[str, str]:
     """Seconds that each item's steps waited behind training, of those that did."""
     blocked: dict[str, float] = {}
     for span in spans:
-        if span.blocked_s > 0:
-            blocked[span.item] = blocked.get(span.item, 0.0) + span.blocked_s
+        for item, waited_s in span.waits.items():
+            blocked[item] = blocked.get(item, 0.0) + waited_s
     return {item: f"{seconds:.6f}" for item, seconds in blocked.items()}
 
 

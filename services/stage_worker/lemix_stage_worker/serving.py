@@ -1,14 +1,16 @@
 """Serving: requests are driven by stage 0, which alone writes their state; later stages only compute.
 
-A request's tokens go round: stage 0 embeds, the stages compute, the last one chooses, and `TokenChosen` returns to
-stage 0, which gives the token to the client and sends the next one. Between two tokens a request may be moved to a
-newer version (see `lemix_common.store.updates`): it is prefilled on that one from its beginning.
+Tokens go round in iterations (see `batching`): stage 0 plans one and embeds, the stages compute, the last one chooses,
+and `ForwardDone` returns to stage 0, which gives the clients their tokens and plans the next. Between two tokens a
+request may be moved to a newer version (see `lemix_common.store.updates`): it is prefilled on that one from its
+beginning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import structlog
@@ -16,37 +18,42 @@ import torch
 from torch import Tensor
 
 from lemix_common.ids import Version
-from lemix_common.messages import ForwardFailed, Frame, ReleaseItem, RunForward, ScoresComputed, TokenChosen
-from lemix_common.sampling import Sampling
-from lemix_common.store.items import Call, Items, StartedItem
+from lemix_common.messages import ForwardDone, ForwardFailed, OpenItem, ReleaseItem, RunForward
+from lemix_common.sampling import sampling_of
+from lemix_common.settings import ClusterSettings
+from lemix_common.store.items import Call, ChosenTokens, Items, StartedItem
 from lemix_common.store.updates import Updates
-from lemix_stage_worker.hosted_stage import CacheKey, HostedStage
-from lemix_stage_worker.model.sampling import choose_token
-from lemix_stage_worker.model.scoring import NO_TARGET, token_logprobs
-from lemix_stage_worker.ready_queue import Task, Urgency
+from lemix_common.text_stream import Decode
+from lemix_stage_worker import forwarding
+from lemix_stage_worker.admission import turn
+from lemix_stage_worker.batching import Batcher, Iteration, Member, PlannedRow, Wants
+from lemix_stage_worker.finishing import Finishing, finishing_of
+from lemix_stage_worker.forwarding import Forwarding, reason_of
+from lemix_stage_worker.hosted_stage import HostedStage
+from lemix_stage_worker.iteration_cost import IterationCost
+from lemix_stage_worker.kv_blocks import BlockPool
+from lemix_stage_worker.model.scoring import NO_TARGET
+from lemix_stage_worker.ready_queue import Batch, Task, Urgency
 
 log = structlog.get_logger()
 
-LONGEST_REASON = 500
-"""Characters of an error that travel and are kept."""
 
-
-class Surroundings(Protocol):
+class Surroundings(forwarding.Surroundings, Protocol):
     """What serving needs of the worker around it."""
-
-    def send(self, host: HostedStage, stage: int, frame: Frame, tensors: Sequence[Tensor] = ()) -> None:
-        """To another stage of the host's node."""
-
-    def schedule(self, task: Task) -> None:
-        """Let the compute loop run a step when it is its turn."""
 
     def report(
         self, call: Call, item: StartedItem, node: int, then: Callable[[Sequence[object]], None] | None = None
     ) -> None:
         """Tell the broker about an item, and go on with its answer."""
 
+    def report_tokens(self, call: Call, items: Sequence[StartedItem], node: int) -> None:
+        """Tell the broker tokens of these items."""
+
     def ended(self, node: int, entry: str) -> None:
         """An item left the node."""
+
+    def num_workers(self, node: int) -> int:
+        """How many workers host the node's stages."""
 
 
 @dataclass(eq=False)
@@ -54,15 +61,18 @@ class Request:
     """An item in work, at its stage 0."""
 
     started: StartedItem
+    member: Member
+    finishing: Finishing
     tokens: list[int]
     """Generated so far, by earlier attempts too."""
-    max_new_tokens: int
-    stop_ids: frozenset[int]
-    sampling: Sampling
+    logprobs: list[str]
+    """Of these tokens, as they travel, where they are asked for; of a score, none."""
+    scores: list[float] = field(default_factory=list)
+    """Log-probabilities of a reference's tokens so far."""
 
     @property
     def is_score(self) -> bool:
-        """Prefill only."""
+        """Nothing is generated."""
         return self.started.kind == "score"
 
     @property
@@ -70,27 +80,33 @@ class Request:
         """It goes on upon each newer version that is served."""
         return self.started.fields.get("on_update") == "rebuild"
 
-    @property
-    def sequence(self) -> list[int]:
-        """The prompt and what has been generated."""
-        return [*self.started.prompt, *self.tokens]
 
-    @property
-    def finish_reason(self) -> str | None:
-        """Why it is complete, if it is."""
-        if self.tokens and self.tokens[-1] in self.stop_ids:
-            return "stop"
-        return "length" if len(self.tokens) >= self.max_new_tokens else None
+@dataclass(eq=False)
+class NodeRequests:
+    """The requests of a node whose stage 0 is here."""
+
+    batcher: Batcher
+    cost: IterationCost
+    by_number: dict[int, Request] = field(default_factory=dict)
+    with_token: list[Request] = field(default_factory=list)
+    """Those whose newest token their clients don't have yet."""
+    is_scheduled: bool = False
+    """Its next iteration is the compute loop's."""
+    num_begun: int = 0
 
 
 @dataclass
 class Serving:
-    """The requests of every stage 0 here, and the serving steps of every stage here."""
+    """The requests of every stage 0 here."""
 
     items: Items
     updates: Updates
     around: Surroundings
+    forwarding: Forwarding
+    settings: ClusterSettings
     now: Callable[[], float]
+    decode: Decode
+    """Tokens to text, for stop strings."""
     served: str = ""
     """The version published last, since the worker began: what is started comes with the newest one there is."""
     cleared: str = ""
@@ -98,57 +114,28 @@ class Serving:
     moving: dict[int, str] = field(default_factory=dict)
     """Node to the item that is being moved there: one at a time, so that others never wait for two."""
     requests: dict[tuple[int, str], Request] = field(default_factory=dict)
+    nodes: dict[int, NodeRequests] = field(default_factory=dict)
 
-    # ---- requests, at stage 0
-    def begin(self, host: HostedStage, started: StartedItem, stop_ids: Sequence[int]) -> None:
+    # ---- requests
+    def begin(self, host: HostedStage, started: StartedItem, eos_ids: Sequence[int]) -> None:
         """Take an item into work: its prompt, and what earlier attempts generated, are prefilled."""
-        request = _request(started, stop_ids)
+        node = self._node(host)
+        request = self._request(started, eos_ids, number=node.num_begun)
+        node.num_begun += 1
         self.requests[host.node, started.item] = request
-        if request.is_score:
-            ids = [*started.prompt, *started.reference]
-            targets = torch.tensor(
-                [[*[NO_TARGET] * (len(started.prompt) - 1), *started.reference, NO_TARGET]]
-            )
-            self._forward(host, request, ids, 0, wants="scores", targets=targets)
-        elif request.finish_reason is not None:  # the attempt before died between its last token and its end
+        if request.finishing.finish is not None:  # the attempt before died between its last token and its end
             self._generated(host, request)
-        else:
-            self._go_on(host, request, request.sequence, 0)
-
-    def token_chosen(self, host: HostedStage, frame: TokenChosen) -> None:
-        """Give the client its token; end the request or go on with the next."""
-        request = self._current(host, frame.item, frame.attempt)
-        if request is None:
             return
-        self._has_moved(host.node, frame.item)
-        index = frame.position - len(request.started.prompt)
-        request.tokens.append(frame.token)
-        started = request.started
-        self.around.report(
-            self.items.append_tokens(started.item, started.attempt, index, [frame.token]), started, host.node
-        )
-        if request.finish_reason is not None:
-            self._generated(host, request)
-        else:
-            self._go_on(host, request, [frame.token], frame.position)
+        node.by_number[request.member.number] = request
+        self._open(host, request)
+        node.batcher.add(request.member)
+        self.wake(host)
 
-    def scores_computed(self, host: HostedStage, frame: ScoresComputed, logprobs_T: Tensor) -> None:
-        """End a scored item with its result."""
-        request = self._current(host, frame.item, frame.attempt)
-        if request is None:
-            return
-        logprobs = [round(value, 7) for value in logprobs_T.tolist()]
-        self._complete(host, request, {"loss": -sum(logprobs) / len(logprobs), "logprobs": logprobs})
-
-    def fail(self, host: HostedStage, item: str, attempt: int, reason: str) -> None:
+    def fail(self, host: HostedStage, request: Request, reason: str) -> None:
         """End an item that can't be computed."""
-        request = self._current(host, item, attempt)
-        if request is not None:
-            log.warning("item_failed", **_names(host, request), reason=reason)
-            self.around.report(
-                self.items.fail(request.started, host.node, reason), request.started, host.node
-            )
-            self.drop(host, item)
+        log.warning("item_failed", **_names(host, request), reason=reason)
+        self.around.report(self.items.fail(request.started, host.node, reason), request.started, host.node)
+        self.drop(host, request.started.item)
 
     def drop(self, host: HostedStage, item: str) -> None:
         """Forget an item that ended here or went elsewhere, on all stages."""
@@ -156,58 +143,224 @@ class Serving:
         if request is None:
             return
         self._has_moved(host.node, item)
+        node = self._node(host)
+        node.batcher.drop(request.member)
+        if node.by_number.pop(request.member.number, None) is not None:
+            about = {"node": host.node, "stage": 0, "epoch": host.epoch}
+            self.forwarding.release(
+                host,
+                ReleaseItem(**about, item=item, attempt=request.started.attempt),
+            )
         self.around.ended(host.node, request.started.entry)
-        self.release(
-            host,
-            ReleaseItem(
-                node=host.node, stage=0, epoch=host.epoch, item=item, attempt=request.started.attempt
-            ),
-        )
-
-    def release(self, host: HostedStage, frame: ReleaseItem) -> None:
-        """Free what the item holds here, then on the next stage: behind the steps that are on their way there."""
-        host.drop_caches(frame.item)
-        if not host.is_last:
-            self.around.send(host, host.stage + 1, replace(frame, stage=host.stage + 1))
+        self.wake(host)
 
     def drop_all(self, node: int) -> None:
         """The node starts afresh: its requests are somebody else's, or come again."""
         self.moving.pop(node, None)
+        self.nodes.pop(node, None)
         for key in [key for key in self.requests if key[0] == node]:
             self.around.ended(node, self.requests.pop(key).started.entry)
 
-    def _go_on(self, host: HostedStage, request: Request, ids: Sequence[int], position: int) -> None:
-        """To the next token, by what its version hasn't seen yet; or first to another version."""
-        if host.node not in self.moving and self._must_move(request):
-            self._move(host, request)
-        else:
-            self._forward(host, request, ids, position, wants="token")
+    # ---- iterations
+    def wake(self, host: HostedStage) -> None:
+        """Have the next iteration planned and begun, if there is one, when it is its turn."""
+        node = self.nodes.get(host.node)
+        if node is None or node.is_scheduled:
+            return
+        plan_at = node.batcher.plan_at()
+        if plan_at is None or plan_at > self.now():
+            return
+        node.is_scheduled = True
+        batch, begun = Batch(), []
 
-    def _must_move(self, request: Request) -> bool:
-        version, served = request.started.version, self.served
-        is_behind = bool(served) and Version.parse(version) < Version.parse(served)
-        return version == self.cleared or (request.rebuilds and is_behind)
+        def run() -> None:
+            node.is_scheduled = False
+            iteration = node.batcher.plan() if self.nodes.get(host.node) is node else None
+            if iteration is None:
+                return
+            begun.append(iteration.number)
+            batch.version, batch.num_tokens = iteration.version, iteration.num_tokens
+            batch.items += [
+                (node.by_number[row.member.number].started.item, row.ready_at) for row in iteration.rows
+            ]
+            self._forward(host, iteration)
+            self.wake(host)
 
-    def _move(self, host: HostedStage, request: Request) -> None:
-        """Have the item moved; nothing of it is computed meanwhile, so that no token is of the version it left."""
-        started = request.started
-        self.moving[host.node] = started.item
+        def failed(error: Exception) -> None:
+            if not begun:
+                raise error  # it is the plan that is wrong, not what was planned
+            self._iteration_failed(host, begun[0], reason_of(error))
 
-        def moved(answer: Sequence[object]) -> None:
-            if self._current(host, started.item, started.attempt) is request:
-                request.started = replace(started, version=str(answer[1]))
-                log.info("item_moved", **_names(host, request), left=started.version)
-                self._forward(host, request, request.sequence, 0, wants="token")
+        self.around.schedule(
+            Task(
+                urgency=Urgency.DECODE if node.batcher.decodes else Urgency.PREFILL,
+                node=host.node,
+                stage=host.stage,
+                item="",
+                version="",
+                ready_at=self.now(),
+                run=run,
+                failed=failed,
+                batch=batch,
+            )
+        )
 
-        move = self.updates.move(started.item, started.attempt, node=host.node, epoch=host.epoch)
-        self.around.report(move, started, host.node, moved)
+    def next_wake_s(self, at_most_s: float) -> float:
+        """How long nothing has to be begun by itself."""
+        plans = (node.batcher.plan_at() for node in self.nodes.values() if not node.is_scheduled)
+        waits = [plan_at - self.now() for plan_at in plans if plan_at]
+        return max(0.0, min([at_most_s, *waits]))
 
-    def _has_moved(self, node: int, item: str) -> None:
-        if self.moving.get(node) == item:
-            del self.moving[node]
+    def forward_done(self, host: HostedStage, frame: ForwardDone, tensors: Sequence[Tensor]) -> None:
+        """Give the clients their tokens and scores; end what is complete, go on with the rest."""
+        node = self._node(host)
+        iteration = node.batcher.end(frame.iteration)
+        if iteration is None:
+            return
+        node.cost.note(iteration.num_tokens, frame.slowest_s)
+        chosen = zip(frame.tokens, frame.logprobs, strict=True)
+        scores = iter(tensors[0].tolist() if tensors else [])
+        for row in iteration.rows:
+            if row.wants is Wants.TOKEN:
+                token, logprob = next(chosen)
+                if request := self._request_of(node, row):
+                    self.token_chosen(host, request, token, logprob)
+            elif row.wants is Wants.SCORES:
+                found = [next(scores) for _ in range(_num_scores(row))]
+                if request := self._request_of(node, row):
+                    self._scored(host, request, row, found)
+        self.hand_out(host)
+
+    def forward_failed(self, host: HostedStage, frame: ForwardFailed) -> None:
+        """A later stage couldn't compute an iteration."""
+        self._iteration_failed(host, frame.iteration, frame.reason)
+
+    def token_chosen(self, host: HostedStage, request: Request, token: int, logprob: str) -> None:
+        """Take a request's next token; clients get it with the next `hand_out`."""
+        self._has_moved(host.node, request.started.item)
+        request.tokens.append(token)
+        request.logprobs += [logprob] if logprob else []
+        request.finishing.add(token)
+        node = self._node(host)
+        node.batcher.give_token(request.member, token, self.now())
+        node.with_token.append(request)
+
+    def hand_out(self, host: HostedStage) -> None:
+        """Give the clients an iteration's tokens; end the requests that have their last, go on with the others."""
+        node = self._node(host)
+        requests, node.with_token = node.with_token, []
+        if requests:
+            chosen = [_last_token(request) for request in requests]
+            self.around.report_tokens(
+                self.items.append_tokens(chosen), [request.started for request in requests], host.node
+            )
+        for request in requests:
+            if request.finishing.finish is not None:
+                self._generated(host, request)
+            elif host.node not in self.moving and self._must_move(request):
+                self._move(host, request)
+        self.wake(host)
+
+    # ---- how
+    def _node(self, host: HostedStage) -> NodeRequests:
+        if host.node not in self.nodes:
+            settings, cost = self.settings, IterationCost()
+            batcher = Batcher(
+                BlockPool(host.num_blocks),
+                max_in_flight=self.around.num_workers(host.node),
+                budget=partial(cost.tokens_within, settings.max_block_ms / 1000),
+                max_tokens=settings.max_batch_tokens,
+                rule="paper" if settings.batching == "paper" else "iteration",
+                max_batch=settings.max_running,
+                max_wait_s=settings.batch_wait_ms / 1000,
+            )
+            self.nodes[host.node] = NodeRequests(batcher, cost)
+        return self.nodes[host.node]
+
+    def _request(self, started: StartedItem, eos_ids: Sequence[int], *, number: int) -> Request:
+        finishing = finishing_of(started.fields, eos_ids=eos_ids, tokens=started.tokens, decode=self.decode)
+        is_score = started.kind == "score"
+        following = started.reference[:-1] if is_score else started.tokens
+        member = Member(
+            number=number,
+            version=started.version,
+            ids=[*started.prompt, *following],
+            turn=turn(started.fields),
+            ready_at=self.now(),
+            scores_from=len(started.prompt) - 1 if is_score else None,
+        )
+        return Request(started, member, finishing, list(started.tokens), list(started.logprobs))
+
+    def _open(self, host: HostedStage, request: Request) -> None:
+        """Tell the stages of an item, before its first row."""
+        started, sampling = request.started, sampling_of(request.started.fields)
+        frame = OpenItem(
+            node=host.node,
+            stage=0,
+            epoch=host.epoch,
+            number=request.member.number,
+            item=started.item,
+            attempt=started.attempt,
+            prompt_length=len(started.prompt),
+            stop_ids=request.finishing.stop_ids if sampling.min_tokens else (),
+            **asdict(sampling),
+        )
+        ids = (torch.tensor(request.member.ids),) if sampling.needs_history else ()
+        self.forwarding.open(host, frame, ids)
+
+    def _forward(self, host: HostedStage, iteration: Iteration) -> None:
+        rows = iteration.rows
+        frame = RunForward(
+            node=host.node,
+            stage=0,
+            epoch=host.epoch,
+            iteration=iteration.number,
+            version=iteration.version,
+            numbers=tuple(row.member.number for row in rows),
+            starts=tuple(row.start for row in rows),
+            lengths=tuple(row.length for row in rows),
+            tables=tuple(len(row.blocks) for row in rows),
+            wants=tuple(int(row.wants) for row in rows),
+            slowest_s=0.0,
+        )
+        ids_1T = torch.tensor([[token for row in rows for token in row.ids]])
+        blocks_N = torch.tensor([block for row in rows for block in row.blocks], dtype=torch.int32)
+        is_scored = any(row.wants is Wants.SCORES for row in rows)
+        targets = [target for row in rows for target in self._targets(host, row)] if is_scored else []
+        targets_T = torch.tensor(targets, dtype=torch.int64)
+        self.forwarding.compute(host, frame, (ids_1T, blocks_N, targets_T))
+
+    def _targets(self, host: HostedStage, row: PlannedRow) -> Iterator[int]:
+        """The token that is scored behind each of a row's."""
+        request = self.nodes[host.node].by_number[row.member.number]
+        for position in range(row.start, row.start + row.length):
+            index = position + 1 - len(request.started.prompt)
+            yield request.started.reference[index] if request.is_score and index >= 0 else NO_TARGET
+
+    def _request_of(self, node: NodeRequests, row: PlannedRow) -> Request | None:
+        """Whose row it is, if it is still asked for."""
+        return node.by_number.get(row.member.number) if row.is_current else None
+
+    def _iteration_failed(self, host: HostedStage, number: int, reason: str) -> None:
+        node = self._node(host)
+        log.warning("iteration_failed", node=host.node, iteration=number, reason=reason)
+        for member in node.batcher.failed(number):
+            self.fail(host, node.by_number[member.number], reason)
+        for request in node.by_number.values():
+            self._open(host, request)  # what a later iteration chose on the failed one's ground is forgotten
+        self.wake(host)
+
+    def _scored(
+        self, host: HostedStage, request: Request, row: PlannedRow, logprobs: Sequence[float]
+    ) -> None:
+        begin = row.start + row.length - len(logprobs) - len(request.started.prompt) + 1
+        request.scores[begin:] = [round(value, 7) for value in logprobs]
+        if len(request.scores) == len(request.started.reference):
+            loss = -sum(request.scores) / len(request.scores)
+            self._complete(host, request, {"loss": loss, "logprobs": request.scores})
 
     def _generated(self, host: HostedStage, request: Request) -> None:
-        self._complete(host, request, {"tokens": request.tokens, "finish_reason": request.finish_reason})
+        self._complete(host, request, request.finishing.result(request.tokens, request.logprobs))
 
     def _complete(self, host: HostedStage, request: Request, result: Mapping[str, object]) -> None:
         log.info("item_done", **_names(host, request), tokens=len(request.tokens))
@@ -216,140 +369,45 @@ class Serving:
         )
         self.drop(host, request.started.item)
 
-    def _current(self, host: HostedStage, item: str, attempt: int) -> Request | None:
-        request = self.requests.get((host.node, item))
-        return request if request is not None and request.started.attempt == attempt else None
+    # ---- newer versions
+    def _must_move(self, request: Request) -> bool:
+        version, served = request.started.version, self.served
+        is_behind = bool(served) and Version.parse(version) < Version.parse(served)
+        return version == self.cleared or (request.rebuilds and is_behind)
 
-    def _forward(
-        self,
-        host: HostedStage,
-        request: Request,
-        ids: Sequence[int],
-        position: int,
-        *,
-        wants: str,
-        targets: Tensor | None = None,
-    ) -> None:
-        started, sampling = request.started, request.sampling
-        frame = RunForward(
-            node=host.node,
-            stage=0,
-            epoch=host.epoch,
-            item=started.item,
-            attempt=started.attempt,
-            version=started.version,
-            position=position,
-            wants=wants,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
-        )
-        tensors = (torch.tensor([list(ids)]),) if targets is None else (torch.tensor([list(ids)]), targets)
-        self.forward(host, frame, tensors, release=_nothing, at=self.now())
+    def _move(self, host: HostedStage, request: Request) -> None:
+        """Have the item moved; nothing of it is computed meanwhile, so that no token is of the version it left."""
+        started, node = request.started, self._node(host)
+        self.moving[host.node] = started.item
+        node.batcher.drop(request.member)
 
-    # ---- steps, at every stage
-    def forward(
-        self,
-        host: HostedStage,
-        frame: RunForward,
-        tensors: Sequence[Tensor],
-        *,
-        release: Callable[[], None],
-        at: float,
-    ) -> None:
-        """Schedule a stage's share of a forward pass."""
-        num_tokens, is_rebuilt = tensors[0].shape[1], False
-        if frame.position == 0 and frame.wants != "scores":
-            is_rebuilt = host.open_cache(_cache_key(frame))
+        def moved(answer: Sequence[object]) -> None:
+            if self.requests.get((host.node, started.item)) is request:
+                request.started = replace(started, version=str(answer[1]))
+                request.member.version, request.member.ready_at = request.started.version, self.now()
+                log.info("item_moved", **_names(host, request), left=started.version)
+                node.batcher.add(request.member)
+                self.wake(host)
 
-        def run() -> None:
-            with torch.no_grad():
-                self._run(host, frame, tensors)
-            release()
+        move = self.updates.move(started.item, started.attempt, node=host.node, epoch=host.epoch)
+        self.around.report(move, started, host.node, moved)
 
-        def failed(error: Exception) -> None:
-            reason = f"{type(error).__name__}: {error}"[:LONGEST_REASON]
-            if host.is_first:
-                self.fail(host, frame.item, frame.attempt, reason)
-            else:
-                self._to_first(host, ForwardFailed, frame, reason=reason)
-
-        self.around.schedule(
-            Task(
-                urgency=Urgency.DECODE if num_tokens == 1 or is_rebuilt else Urgency.PREFILL,
-                node=host.node,
-                stage=host.stage,
-                item=frame.item,
-                version=frame.version,
-                ready_at=at,
-                run=run,
-                failed=failed,
-            )
-        )
-
-    def _run(self, host: HostedStage, frame: RunForward, tensors: Sequence[Tensor]) -> None:
-        if host.is_first and self._current(host, frame.item, frame.attempt) is None:
-            return  # cancelled, or the node started afresh, while this step waited
-        model = host.versions[frame.version]
-        source = tensors[0]
-        positions_T = torch.arange(frame.position, frame.position + source.shape[1])
-        cache = host.caches.get(_cache_key(frame))
-        if cache is None and frame.wants != "scores":
-            return  # released while this step waited
-        hidden_BTD = model(source, positions_T, cache)
-        if not host.is_last:
-            following = replace(frame, stage=host.stage + 1)
-            self.around.send(host, host.stage + 1, following, (hidden_BTD, *tensors[1:]))
-        elif frame.wants == "scores":
-            logprobs_T = token_logprobs(model, hidden_BTD[0], tensors[1][0])
-            self._to_first(host, ScoresComputed, frame, tensors=(logprobs_T,))
-        elif frame.wants == "token":
-            position = frame.position + source.shape[1]
-            sampling = Sampling(
-                temperature=frame.temperature, top_k=frame.top_k, top_p=frame.top_p, seed=frame.seed
-            )
-            logits_V = model.logits(hidden_BTD[:, -1])[0]
-            token, logprob = choose_token(logits_V, sampling, position=position)
-            self._to_first(host, TokenChosen, frame, position=position, token=token, logprob=logprob)
-
-    def _to_first(
-        self,
-        host: HostedStage,
-        kind: type[TokenChosen | ScoresComputed | ForwardFailed],
-        frame: RunForward,
-        *,
-        tensors: Sequence[Tensor] = (),
-        **fields: object,
-    ) -> None:
-        about = {
-            "node": host.node,
-            "stage": 0,
-            "epoch": host.epoch,
-            "item": frame.item,
-            "attempt": frame.attempt,
-        }
-        self.around.send(host, 0, kind(**about, **fields), tensors)  # type: ignore[arg-type]
+    def _has_moved(self, node: int, item: str) -> None:
+        if self.moving.get(node) == item:
+            del self.moving[node]
 
 
-def _cache_key(frame: RunForward) -> CacheKey:
-    return CacheKey(frame.item, frame.attempt, frame.version)
-
-
-def _request(started: StartedItem, stop_ids: Sequence[int]) -> Request:
-    fields = started.fields
-    return Request(
-        started=started,
-        tokens=list(started.tokens),
-        max_new_tokens=int(fields.get("max_new_tokens") or 0),
-        stop_ids=frozenset() if fields.get("ignore_eos") == "1" else frozenset(stop_ids),
-        sampling=Sampling(
-            temperature=float(fields.get("temperature") or 0),
-            top_k=int(fields.get("top_k") or 0),
-            top_p=float(fields.get("top_p") or 1),
-            seed=int(fields.get("seed") or 0),
-        ),
+def _last_token(request: Request) -> ChosenTokens:
+    started, index = request.started, len(request.tokens) - 1
+    return ChosenTokens(
+        started.item, started.attempt, index, (request.tokens[index],), tuple(request.logprobs[index:])
     )
+
+
+def _num_scores(row: PlannedRow) -> int:
+    """Of the tokens of a row, those whose next one is scored."""
+    assert row.member.scores_from is not None
+    return row.start + row.length - max(row.start, row.member.scores_from)
 
 
 def _names(host: HostedStage, request: Request) -> dict[str, object]:
@@ -363,7 +421,3 @@ def _names(host: HostedStage, request: Request) -> dict[str, object]:
         "stage": host.stage,
         "version": started.version,
     }
-
-
-def _nothing() -> None:
-    """Tokens of stage 0 come from no pooled buffer."""

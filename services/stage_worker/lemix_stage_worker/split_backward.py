@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-Note = Callable[[], None]
-"""Adds to a gradient."""
+Addition = Callable[[Tensor | None], Tensor]
+"""Adds its part to what there is of a gradient, in place, or makes a beginning."""
+Note = tuple[Tensor, Addition]
+"""A parameter, and what is still to be added to its gradient."""
+_PLAIN_LOOKUP = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
+"""Options of torch's lookup, which it names when it asks a mode."""
 
 
 class WeightNotes(TorchFunctionMode):
@@ -45,10 +49,12 @@ class WeightNotes(TorchFunctionMode):
                 return self._product(source, weight, bias, is_transposed=True)
             case torch.addmm, (bias, source, nn.Parameter() as weight) if not kwargs:
                 return self._product(source, weight, bias, is_transposed=False)
-            case functional.embedding, (ids, nn.Parameter() as weight, None, None, _, False, False):
-                if weight.requires_grad:
-                    self._noted.add(weight)
-                    return _Lookup.apply(self.begin, ids, weight, self._notes)  # type: ignore[no-untyped-call]
+            case functional.embedding, (ids, nn.Parameter() as weight) if (
+                weight.requires_grad and _PLAIN_LOOKUP.items() <= (kwargs or {}).items()
+            ):
+                self._noted.add(weight)
+                padding = kwargs["padding_idx"]
+                return _Lookup.apply(self.begin, ids, weight, padding, self._notes)  # type: ignore[no-untyped-call]
         return called(*args, **(kwargs or {}))
 
     def input_gradient(
@@ -61,7 +67,7 @@ class WeightNotes(TorchFunctionMode):
             output, [begin, *rest], gradient, allow_unused=True
         )
         self._notes += (
-            _addition(parameter, other)
+            (parameter, _sum_addition(other))
             for parameter, other in zip(rest, gradients[1:], strict=True)
             if other is not None
         )
@@ -71,7 +77,15 @@ class WeightNotes(TorchFunctionMode):
     def add_up(self) -> None:
         """The second half: add what was noted to the parameters' gradients."""
         while self._notes:
-            self._notes.pop(0)()
+            parameter, add = self._notes.pop(0)
+            parameter.grad = add(parameter.grad)
+
+    @torch.no_grad()
+    def add_to(self, sums: dict[Tensor, Tensor]) -> None:
+        """The same with sums of the caller's, by parameter, in place of the parameters' gradients."""
+        while self._notes:
+            parameter, add = self._notes.pop(0)
+            sums[parameter] = add(sums.get(parameter))
 
     def _product(
         self, source: Tensor, weight: nn.Parameter, bias: Tensor | None, *, is_transposed: bool
@@ -107,7 +121,7 @@ class _Product(torch.autograd.Function):
         gradient_NO, source_NI = gradient.flatten(0, -2), source.detach().flatten(0, -2)
         if ctx.notes is not None:
             pair = (gradient_NO.t(), source_NI) if ctx.is_transposed else (source_NI.t(), gradient_NO)
-            ctx.notes.append(_product_addition(weight, *pair))
+            ctx.notes.append((weight, _product_addition(*pair)))
         of_source = (
             gradient @ (weight if ctx.is_transposed else weight.t()) if ctx.needs_input_grad[0] else None
         )
@@ -119,40 +133,34 @@ class _Lookup(torch.autograd.Function):
     """Rows of an embedding, whose gradient is left to a note."""
 
     @staticmethod
-    def forward(ctx: Any, _begin: Tensor, ids: Tensor, weight: Tensor, notes: list[Note]) -> Tensor:
+    def forward(
+        ctx: Any, _begin: Tensor, ids: Tensor, weight: Tensor, padding: int | None, notes: list[Note]
+    ) -> Tensor:
         ctx.save_for_backward(ids, weight)
-        ctx.notes = notes
+        ctx.padding, ctx.notes = padding, notes
         return functional.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, ...]:
         ids, weight = ctx.saved_tensors
         ids_N, gradient_NO = ids.flatten(), gradient.flatten(0, -2)
-
-        def add() -> None:
-            if weight.grad is None:
-                weight.grad = torch.zeros_like(weight)
-            weight.grad.index_add_(0, ids_N, gradient_NO)
-
-        ctx.notes.append(add)
-        return None, None, None, None
+        if ctx.padding is not None:
+            counts_N = ids_N != ctx.padding % len(weight)
+            ids_N, gradient_NO = ids_N[counts_N], gradient_NO[counts_N]
+        ctx.notes.append((weight, _row_addition(weight, ids_N, gradient_NO)))
+        return None, None, None, None, None
 
 
-def _product_addition(weight: Tensor, left: Tensor, right: Tensor) -> Note:
-    def add() -> None:
-        if weight.grad is None:
-            weight.grad = left @ right
-        else:
-            weight.grad.addmm_(left, right)
+def _product_addition(left: Tensor, right: Tensor) -> Addition:
+    return lambda before: left @ right if before is None else before.addmm_(left, right)
+
+
+def _row_addition(weight: Tensor, ids_N: Tensor, gradient_NO: Tensor) -> Addition:
+    def add(before: Tensor | None) -> Tensor:
+        return (torch.zeros_like(weight) if before is None else before).index_add_(0, ids_N, gradient_NO)
 
     return add
 
 
-def _addition(parameter: Tensor, gradient: Tensor) -> Note:
-    def add() -> None:
-        if parameter.grad is None:
-            parameter.grad = gradient.contiguous()
-        else:
-            parameter.grad.add_(gradient)
-
-    return add
+def _sum_addition(gradient: Tensor) -> Addition:
+    return lambda before: gradient.contiguous() if before is None else before.add_(gradient)

@@ -103,11 +103,12 @@ class TrainingState:
 
     def squares(self, gradients: Mapping[str, Tensor]) -> tuple[float, ...]:
         """The sum of squares of each parameter's gradient in model order, in float64; a tied parameter's once."""
-        return tuple(
-            float(torch.linalg.vector_norm(gradient, dtype=torch.float64).square())
+        squares = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
             for name, gradient in gradients.items()
             if not self._is_tied_head(name)
-        )
+        ]
+        return tuple(torch.stack(squares).tolist()) if squares else ()  # a GPU is asked once, not for each
 
     def snapshot(self, *, optimizer: bool) -> dict[str, Tensor]:
         """A copy of the weights (a tied head is the embedding's, so left out), and with them all that goes on needs.

@@ -55,7 +55,7 @@ def check_answers(model: StageModel, sealed: Mapping[int, Sequence[float]], dire
 
 
 def _answer(part: StageModel) -> list[float]:
-    positions_T = torch.arange(TOKENS)
+    positions_T = torch.arange(TOKENS, device=next(iter(part.leaves().values())).device)
     if part.is_first:
         ids_BT = (positions_T * 7919)[None] % part.base.config.vocab_size
         output_BTD = part(ids_BT, positions_T)
@@ -79,4 +79,4 @@ def _wave(part: StageModel) -> Tensor:
     parameter = next(iter(part.leaves().values()))
     size = part.base.config.hidden_size
     steps = torch.arange(1, TOKENS * size + 1, dtype=torch.float64)
-    return (steps.sin() * 2**0.5).reshape(1, TOKENS, size).to(parameter.dtype)
+    return (steps.sin() * 2**0.5).reshape(1, TOKENS, size).to(parameter.device, parameter.dtype)

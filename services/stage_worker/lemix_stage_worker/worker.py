@@ -26,20 +26,20 @@ from lemix_common.ids import Version
 from lemix_common.messages import (
     AddShardGradients,
     AddTiedGradient,
+    ForwardDone,
     ForwardFailed,
     Frame,
     ItemCancelled,
     LoadTraining,
     Notice,
+    OpenItem,
     PlacementChanged,
     PrepareVersion,
     ReleaseItem,
     RunForward,
     RunStep,
-    ScoresComputed,
     StageReady,
     StepCommitted,
-    TokenChosen,
     TrainBackward,
     TrainForward,
     VersionCleared,
@@ -54,6 +54,9 @@ from lemix_common.store.training import GradientReport, PlannedStep, Training
 from lemix_common.store.updates import Updates
 from lemix_common.store.versions import Versions
 from lemix_stage_worker.background import Background
+from lemix_stage_worker.decoding import lazy_decoder
+from lemix_stage_worker.device import wait_for
+from lemix_stage_worker.forwarding import Arrived, Forwarding
 from lemix_stage_worker.hosted_stage import HostedStage, stage_of
 from lemix_stage_worker.hosting import Hosting, Position
 from lemix_stage_worker.inbox import (
@@ -81,6 +84,8 @@ from lemix_stage_worker.weight_probe import probe
 log = structlog.get_logger()
 
 IDLE_WAIT_S = 0.5
+NAMED_IN_SPAN = 16
+"""Items of an iteration that its span names; beyond that it says how many more."""
 
 
 @dataclass
@@ -110,7 +115,16 @@ class Worker:
         self.tenancy = Tenancy(self.settings.min_training_share)
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
         self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
-        self.serving = Serving(self.items, Updates(self.broker), self, self.now)
+        self.forwarding = Forwarding(self)
+        self.serving = Serving(
+            self.items,
+            Updates(self.broker),
+            self,
+            self.forwarding,
+            self.settings,
+            self.now,
+            lazy_decoder(self.cluster.tokenizer),
+        )
         self.background = Background(self.inbox)
         self.hosting = Hosting(
             name=self.name,
@@ -139,7 +153,7 @@ class Worker:
         for node in range(self.settings.nodes):
             self.hosting.read_placement(node)
         while not stop.is_set():
-            self.turn(wait_s=0.0 if self.ready else IDLE_WAIT_S)
+            self.turn(wait_s=0.0 if self.ready else self.serving.next_wake_s(IDLE_WAIT_S))
             if self.background.failure is not None:
                 raise self.background.failure
         self.hosting.close()
@@ -152,6 +166,8 @@ class Worker:
         """Take in what arrived, then run the most urgent step."""
         for arrival in self.inbox.drain(wait_s=wait_s):
             self._handle(arrival)
+        if self.settings.batching == "paper" and not self.ready:
+            self.hosting.each_first_stage(self.serving.wake)  # it waits for time to pass
         if self.ready:
             self._compute(self.ready.take(is_training_due=self.tenancy.is_training_due))
 
@@ -179,6 +195,7 @@ class Worker:
         self.busy_since = began = time.monotonic()
         try:
             step.advance()
+            wait_for(self.source.device)  # what comes next finds it free, and a span is what was computed
         except Exception as error:  # noqa: BLE001 - the loop's one broad handler: the item fails, the worker lives
             step.is_done = True
             step.task.failed(error)
@@ -186,17 +203,26 @@ class Worker:
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - began)
 
     def _note(self, task: Task, start: float, end: float) -> None:
+        batch = task.batch
+        items = batch.items if batch else [(task.item, start if task.is_training else task.ready_at)]
+        if not items:
+            return  # there was nothing to plan
+        waits = {item: waited for item, at in items if (waited := self.tenancy.blocked_s(at, start)) > 0}
         self.reporter.span(
             Span(
                 node=task.node,
                 stage=task.stage,
                 worker=self.name,
                 cat=CATEGORY[task.urgency],
-                item=task.item,
-                version=task.version,
+                item=items[0][0],
+                others=tuple(item for item, _ in items[1:NAMED_IN_SPAN]),
+                more=max(0, len(items) - NAMED_IN_SPAN),
+                version=batch.version if batch else task.version,
+                tokens=batch.num_tokens if batch else 0,
                 start=start,
                 end=end,
-                blocked_s=0.0 if task.is_training else self.tenancy.blocked_s(task.ready_at, start),
+                blocked_s=max(waits.values(), default=0.0),
+                waits=waits,
             )
         )
 
@@ -234,16 +260,17 @@ class Worker:
         frame, tensors, release = arrived.frame, arrived.tensors, arrived.release
         match frame:
             case RunForward():
-                self.serving.forward(host, frame, tensors, release=release, at=arrived.at)
-            case TokenChosen():
-                self.serving.token_chosen(host, frame)
-            case ScoresComputed():
-                self.serving.scores_computed(host, frame, tensors[0])
+                self.forwarding.arrive(host, Arrived(frame, tensors, release, arrived.at))
+            case ForwardDone():
+                self.serving.forward_done(host, frame, tensors)
                 release()
-            case ForwardFailed(item=item, attempt=attempt, reason=reason):
-                self.serving.fail(host, item, attempt, reason)
+            case ForwardFailed():
+                self.serving.forward_failed(host, frame)
+            case OpenItem():
+                self.forwarding.open(host, frame, tensors)
+                release()
             case ReleaseItem():
-                self.serving.release(host, frame)
+                self.forwarding.release(host, frame)
             case TrainForward() | TrainBackward() | AddShardGradients() | AddTiedGradient():
                 self.learners[host.node, host.stage].frame(frame, tensors, release, arrived.at)
 
@@ -320,6 +347,7 @@ class Worker:
     def node_renewed(self, node: int) -> None:
         """Its requests are somebody else's, or come again."""
         self.serving.drop_all(node)
+        self.forwarding.forget(node)
 
     def stage_built(self, host: HostedStage) -> None:
         """It can learn from now on."""
@@ -369,10 +397,24 @@ class Worker:
 
         self.reporter.call(call, answered)
 
+    def report_tokens(self, call: Call, items: Sequence[StartedItem], node: int) -> None:
+        """Tell the broker tokens of these items; those that have gone elsewhere are dropped."""
+
+        def answered(answers: Sequence[object]) -> None:
+            for item, answer in zip(items, answers, strict=True):
+                if answer != "ok":
+                    self.inbox.post(ItemStale(node, item.item, item.attempt))
+
+        self.reporter.call(call, answered)
+
     def ended(self, node: int, entry: str) -> None:
         """An item left the node."""
         if puller := self.hosting.pullers.get(node):
             puller.ended(entry)
+
+    def num_workers(self, node: int) -> int:
+        """How many workers host the node's stages."""
+        return len({worker for worker, _ in self.hosting.neighbours[node].hosts})
 
     def gradients_ready(self, host: HostedStage, step: int, attempt: int, report: GradientReport) -> None:
         """Report a stage's gradients; the last one of the step commits it."""

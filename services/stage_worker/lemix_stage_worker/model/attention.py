@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,22 @@ class Segments:
     lengths: tuple[int, ...]
     masks: tuple[Tensor | None, ...]
     """None: plainly causal. Else (1, 1, n, n), for an example longer than the model's window."""
+
+
+class PagedAttention(Protocol):
+    """Attention over keys and values of its own, in place of a mask and a cache (see `paged_attention`)."""
+
+    def attend(
+        self,
+        layer: int,
+        query_HTK: Tensor,
+        key_GTK: Tensor,
+        value_GTK: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> Tensor:
+        """What a layer's tokens see: (T, H, K)."""
 
 
 def attend_by_segments(model: PreTrainedModel) -> None:
@@ -75,9 +91,16 @@ def attention_by_segments(
     key_BHTK: Tensor,
     value_BHTK: Tensor,
     attention_mask: Tensor | Segments | None,
+    paged: PagedAttention | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' layers call for attention: (B, T, H, K), and no weights."""
+    if paged is not None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        scale, window = options.get("scaling"), options.get("sliding_window")
+        return paged.attend(layer, query_BHTK[0], key_BHTK[0], value_BHTK[0], scale=scale, window=window)[
+            None
+        ], None
     if not isinstance(attention_mask, Segments):
         return _attention(module, query_BHTK, key_BHTK, value_BHTK, attention_mask, **options)
     lengths = list(attention_mask.lengths)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from lemix_common.errors import ModelError
+from lemix_stage_worker.device import CPU
 from lemix_stage_worker.model.families import Family
 from lemix_stage_worker.model.skeleton import HEAD_WEIGHT, Skeleton, build_skeleton, reason
 from lemix_stage_worker.model.weights import TensorSpec, Weights, open_weights
@@ -27,6 +28,8 @@ class ModelSource:
     family: Family
     dtype: torch.dtype
     """Parameters are read as this type."""
+    device: torch.device = CPU
+    """Parameters are read onto it, and stages of the model compute on it."""
     specs: Mapping[str, TensorSpec]
     """Every parameter by its global name, in model order; a tied head is left out."""
     embedding_name: str
@@ -65,10 +68,12 @@ class ModelSource:
         return f"{base}{self.family.layers}.{layer}."
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named parameters on the CPU, and only they."""
+        """The named parameters on the device, and only they."""
         stored = {name: self.stored_names[name] for name in names}
         tensors = self.weights.read(stored.values())
-        return {name: tensors.pop(stored_as).to(self.dtype) for name, stored_as in stored.items()}
+        return {
+            name: tensors.pop(stored_as).to(self.device, self.dtype) for name, stored_as in stored.items()
+        }
 
 
 def dtype_named(name: str) -> torch.dtype | None:
@@ -81,7 +86,7 @@ def dtype_named(name: str) -> torch.dtype | None:
     }[name]
 
 
-def open_model(path: Path, *, dtype: torch.dtype | None = None) -> ModelSource:
+def open_model(path: Path, *, dtype: torch.dtype | None = None, device: torch.device = CPU) -> ModelSource:
     """Open a local Hugging Face folder; only headers are read, and no code of the folder is ever run.
 
     `dtype` defaults to the config's. A folder that is missing or damaged, lacks tensors, or holds a model that can't
@@ -89,7 +94,12 @@ def open_model(path: Path, *, dtype: torch.dtype | None = None) -> ModelSource:
     """
     config = _read_config(path)
     return describe_model(
-        config, open_weights(path), eos_ids=_eos_ids(path, config), dtype=dtype, where=str(path)
+        config,
+        open_weights(path),
+        eos_ids=_eos_ids(path, config),
+        dtype=dtype,
+        device=device,
+        where=str(path),
     )
 
 
@@ -99,6 +109,7 @@ def describe_model(
     *,
     eos_ids: tuple[int, ...] = (),
     dtype: torch.dtype | None = None,
+    device: torch.device = CPU,
     where: str = "these weights",
 ) -> ModelSource:
     """Match a config with weights, by names and shapes; `where` names the weights in a `ModelError`."""
@@ -119,6 +130,7 @@ def describe_model(
         config=config,
         family=skeleton.family,
         dtype=dtype,
+        device=device,
         specs=skeleton.specs,
         embedding_name=skeleton.embedding_name,
         is_tied=_wants_tying(config),

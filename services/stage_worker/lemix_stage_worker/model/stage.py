@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from lemix_common.errors import ModelError
+from lemix_stage_worker.model.attention import PagedAttention
 from lemix_stage_worker.model.families import Family
 from lemix_stage_worker.model.skeleton import HEAD, HEAD_WEIGHT, build_skeleton
 from lemix_stage_worker.model.source import ModelSource
 
 UNSET = -77
 """A value that no computed buffer has."""
+_NO_MASK = torch.empty(1, 1, 0, 0)
+"""Four dimensions say that a mask was made already: transformers makes none of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class StageModel:
     is_first: bool
     tied_to: str | None
     """The global name that a tied head takes its values from; None without a tied head."""
+    is_packed: bool = False
+    """Its matrices are rearranged (see `packed_linear`): it only serves, and they are none of its leaves."""
 
     @property
     def is_last(self) -> bool:
@@ -94,6 +99,20 @@ class StageModel:
             position_ids=positions if positions.dim() == 2 else positions[None],
             past_key_values=cache,
             use_cache=cache is not None,
+        )
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD
+
+    def run_paged(self, ids_or_hidden: Tensor, positions_T: Tensor, paged: PagedAttention) -> Tensor:
+        """Run the layers on one row of many requests' tokens, each attending as ``paged`` says; (1, T, D) out."""
+        source = {"input_ids" if self.is_first else "inputs_embeds": ids_or_hidden}
+        output = self.base(
+            **source,
+            position_ids=positions_T[None],
+            attention_mask=_NO_MASK,
+            past_key_values=None,
+            use_cache=False,
+            paged=paged,
         )
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
@@ -195,10 +214,8 @@ class StageModel:
         return f"{self.prefix}.{part}.{rest}"
 
 
-def build_stage(
-    source: ModelSource, cut: StageCut, *, attention: str | None = None, device: torch.device | str = "cpu"
-) -> StageModel:
-    """Build a stage: parameters on the meta device (see `StageModel.load`), computed buffers real, on `device`.
+def build_stage(source: ModelSource, cut: StageCut, *, attention: str | None = None) -> StageModel:
+    """Build a stage: parameters on the meta device (see `StageModel.load`), computed buffers real, on the source's device.
 
     `attention` names one of transformers' attention implementations (default: SDPA where the model allows it). A cut
     that isn't of this model is a `ModelError`.
@@ -208,7 +225,7 @@ def build_stage(
     is_first, is_last = cut.layers.start == 0, cut.layers.stop == source.num_layers
     base = _carve(skeleton.base, skeleton.family, cut.layers, keep_embedding=is_first, keep_norm=is_last)
     _number_layers(getattr(base, skeleton.family.layers))
-    _compute_buffers(base, device)
+    _compute_buffers(base, source.device)
     tied_to = skeleton.embedding_name if is_last and source.is_tied else None
     if tied_to is not None:
         skeleton.head.weight = nn.Parameter(torch.empty_like(skeleton.head.weight))
@@ -271,7 +288,7 @@ def _number_layers(layers: nn.ModuleList) -> None:
                 vars(module)["layer_idx"] = index
 
 
-def _compute_buffers(base: PreTrainedModel, device: torch.device | str) -> None:
+def _compute_buffers(base: PreTrainedModel, device: torch.device) -> None:
     """Compute what no checkpoint stores (rotary frequencies), on the CPU: the same bits for every device."""
     fill_buffers: Callable[[nn.Module], None] = base._init_weights  # noqa: SLF001 - no public name computes them
     for path, module in base.named_modules():

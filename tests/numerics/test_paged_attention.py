@@ -1,0 +1,95 @@
+"""Many requests in one row, each with its past in blocks: the whole model's logits for each."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from devices import within
+from lemix_stage_worker.kv_blocks import BLOCK_TOKENS, num_blocks_for
+from lemix_stage_worker.model.costs import cut_model
+from lemix_stage_worker.model.paged_attention import KeyValueCache, PagedRow, StaleBlock
+from lemix_stage_worker.model.self_check import build_stages, relative_difference
+from lemix_stage_worker.model.stage import StageModel
+from numerics.subjects import Subject
+
+NUM_BLOCKS = 16
+VERSION = "0.3"
+
+
+@dataclass
+class Tables:
+    """Block tables of sequences, in a row or scattered over the cache."""
+
+    is_scattered: bool
+    tables: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def row(self, sequence: int, start: int, length: int) -> PagedRow:
+        """Some tokens of a sequence."""
+        if sequence not in self.tables:
+            taken = {block for table in self.tables.values() for block in table}
+            free = [block for block in range(NUM_BLOCKS) if block not in taken]
+            if self.is_scattered:
+                random.Random(sequence).shuffle(free)
+            self.tables[sequence] = tuple(free[: num_blocks_for(64)])
+        return PagedRow(
+            start=start, length=length, blocks=self.tables[sequence][: num_blocks_for(start + length)]
+        )
+
+
+def run(
+    stages: list[StageModel], caches: list[KeyValueCache], ids: list[Tensor], rows: list[PagedRow]
+) -> Tensor:
+    """An iteration through all stages: logits_TV."""
+    hidden = torch.cat(ids)[None]
+    for stage, cache in zip(stages, caches, strict=True):
+        paged = cache.plan(rows, VERSION)
+        hidden = stage.run_paged(hidden, paged.positions_T, paged)
+    return stages[-1].logits(hidden)[0]
+
+
+@pytest.mark.parametrize("is_scattered", [False, True], ids=["in a row", "scattered"])
+@pytest.mark.parametrize("num_stages", [1, 2, 5])
+@torch.no_grad()
+def test_each_request_of_a_row_gets_the_whole_models_logits(
+    subject: Subject, num_stages: int, is_scattered: bool
+) -> None:
+    """Prefill chunks and decodes of two requests in the same iterations, at different places of their sequences."""
+    stages = list(build_stages(subject.source, cut_model(subject.source, num_stages)))
+    caches = [KeyValueCache.of(stage, NUM_BLOCKS) for stage in stages]
+    tables = Tables(is_scattered)
+    # (sequence, from, to) of each iteration's rows
+    iterations = [
+        [(0, 0, 7)],
+        [(1, 0, 20), (0, 7, 8)],
+        [(0, 8, 20)],
+        [(1, 20, 21), (0, 20, 21)],
+        [(0, 21, 24), (1, 21, 24)],
+    ]
+    found: dict[int, list[Tensor]] = {0: [], 1: []}
+    for parts in iterations:
+        rows = [tables.row(sequence, start, end - start) for sequence, start, end in parts]
+        ids = [subject.ids[sequence, start:end] for sequence, start, end in parts]
+        logits_TV = run(stages, caches, ids, rows)
+        for (sequence, _, _), logits in zip(
+            parts, torch.split_with_sizes(logits_TV, [row.length for row in rows]), strict=True
+        ):
+            found[sequence].append(logits)
+    expected = subject.whole(subject.ids).logits
+    for sequence, parts_TV in found.items():
+        assert relative_difference(torch.cat(parts_TV), expected[sequence]) < within(1e-5)
+
+
+@torch.no_grad()
+def test_a_block_of_other_weights_cannot_be_read(subject: Subject) -> None:
+    """Keys that one version wrote are refused to a forward pass of another, before anything is computed."""
+    (stage,) = build_stages(subject.source, cut_model(subject.source, 1))
+    cache = KeyValueCache.of(stage, NUM_BLOCKS)
+    blocks = (2, 3)
+    cache.plan([PagedRow(start=0, length=BLOCK_TOKENS, blocks=blocks[:1])], "0.1")
+    with pytest.raises(StaleBlock):
+        cache.plan([PagedRow(start=BLOCK_TOKENS, length=1, blocks=blocks)], "0.2")
