@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from devices import on_test_device
 from lemix import Client
@@ -25,6 +26,7 @@ from lemix_common.broker import Broker, connect
 from lemix_common.clock import SystemClock, wait_until
 from lemix_common.ids import WorkerId
 from lemix_common.machine import memory_limit_bytes
+from lemix_common.messages import Frame
 from lemix_common.server import RunningBroker
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
@@ -35,14 +37,15 @@ from lemix_coordinator.coordinator import Coordinator
 from lemix_coordinator.operations.transitions import advance, remove
 from lemix_stage_worker.device import choose_device
 from lemix_stage_worker.heartbeat import Heartbeat
-from lemix_stage_worker.inbox import Inbox
+from lemix_stage_worker.hosted_stage import HostedStage
+from lemix_stage_worker.inbox import FrameArrived, Inbox
 from lemix_stage_worker.links import Links
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.source import dtype_named, open_model
 from lemix_stage_worker.model.weights import open_weights
 from lemix_stage_worker.reporter import Reporter
 from lemix_stage_worker.worker import Worker
-from mortality import Killed, KillPoint, MortalBroker, mortal, silent_deaths
+from mortality import FramePoint, Killed, KillPoint, MortalBroker, mortal, silent_deaths
 
 COORDINATOR = "coordinator"
 """Whom a kill point is for, if not a worker's slot."""
@@ -74,6 +77,20 @@ class MortalWorker(Worker):
         if self.broker.dead.is_set():
             raise Killed
         super().turn(wait_s=wait_s)
+
+    def send(self, host: HostedStage, stage: int, frame: Frame, tensors: Sequence[Tensor] = ()) -> None:
+        """To another stage, if it lives until then."""
+        self._reach(frame, "unsent")
+        super().send(host, stage, frame, tensors)
+        self._reach(frame, "sent")
+
+    def _deliver(self, host: HostedStage, arrived: FrameArrived) -> None:
+        self._reach(arrived.frame, "arrived")
+        super()._deliver(host, arrived)
+
+    def _reach(self, frame: Frame, when: str) -> None:
+        assert isinstance(self.broker, MortalBroker)
+        self.broker.at_frame(type(frame).__name__, when)
 
     def run(self, stop: threading.Event) -> None:
         """Compute until told to stop, or dead."""
@@ -132,7 +149,7 @@ class InProcessCluster:
     coordinators: list[Hosted] = field(default_factory=list)
     ended: list[Hosted] = field(default_factory=list)
 
-    def add_coordinator(self, kill_point: KillPoint | None = None) -> Hosted:
+    def add_coordinator(self, kill_point: KillPoint | FramePoint | None = None) -> Hosted:
         """Start a coordinator; it leads, or stands by while another does."""
         broker = mortal(self.broker, kill_point)
         coordinator = Coordinator(
@@ -156,7 +173,7 @@ class InProcessCluster:
         self.broker.client.delete(self.broker.keys.leader)
         return self.add_coordinator()
 
-    def add_worker(self, slot: str, kill_point: KillPoint | None = None) -> Hosted:
+    def add_worker(self, slot: str, kill_point: KillPoint | FramePoint | None = None) -> Hosted:
         """Start a worker in a slot."""
         name = WorkerId(f"{slot}-{uuid.uuid4().hex[:6]}")
         broker, inbox, clock = mortal(self.broker, kill_point), Inbox(), SystemClock()
@@ -307,7 +324,7 @@ def in_process_cluster(
     broker: Broker,
     settings: ClusterSettings,
     data_dir: Path,
-    kill_points: Mapping[str, KillPoint] | None = None,
+    kill_points: Mapping[str, KillPoint | FramePoint] | None = None,
 ) -> Iterator[tuple[InProcessCluster, Client]]:
     """A ready cluster and a client of it; everything has ended on exit.
 

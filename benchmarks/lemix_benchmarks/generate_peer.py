@@ -1,6 +1,6 @@
 """A peer of `decode`, as a process: transformers' `generate`, one batch after another, in one thread.
 
-    python -m lemix_benchmarks.generate_peer FOLDER
+    python -m lemix_benchmarks.generate_peer FOLDER DEVICE
 
 A batch's prompts are padded on the left, as it needs; its rows all go on as long as the longest, as it does.
 """
@@ -42,7 +42,8 @@ class Times(BaseStreamer):
 def main() -> None:
     """Answer batches until the input ends."""
     torch.set_num_threads(1)
-    model = read_bench_model(Path(sys.argv[1]))
+    model: Any = read_bench_model(Path(sys.argv[1]))
+    model.to(sys.argv[2])
     say({"ready": f"transformers {transformers.__version__}"})
     for line in sys.stdin:
         batch = json.loads(line)
@@ -54,8 +55,12 @@ def main() -> None:
 def generate(model: Any, prompts: Sequence[Sequence[int]], count: int) -> tuple[list[list[int]], list[float]]:
     """So many tokens after each prompt, and when they were there."""
     longest = max(map(len, prompts))
-    ids_BT = torch.tensor([[_PADDING] * (longest - len(ids)) + list(ids) for ids in prompts])
-    mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    ids_BT = torch.tensor(
+        [[_PADDING] * (longest - len(ids)) + list(ids) for ids in prompts], device=model.device
+    )
+    mask_BT = torch.tensor(
+        [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device
+    )
     times = Times()
     config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=_PADDING

@@ -47,14 +47,14 @@ class Program:
     """It takes a batch, and nothing more until the batch is done."""
 
 
-def generate(folder: Path) -> Program:
+def generate(folder: Path, device: str = "cpu") -> Program:
     """transformers' `generate`, on batches of answers of like length."""
-    return Program("generate", _of_ours("generate_peer", folder), 2, is_static=True)
+    return Program("generate", _of_ours("generate_peer", folder, device), 2, is_static=True)
 
 
-def continuous_batching(folder: Path, *, running: int) -> Program:
+def continuous_batching(folder: Path, device: str = "cpu", *, running: int) -> Program:
     """transformers' continuous batching, with room for so many requests in each process."""
-    return Program("continuous_batching", _of_ours("continuous_peer", folder, running), 2)
+    return Program("continuous_batching", _of_ours("continuous_peer", folder, running, device), 2)
 
 
 def vllm_cpu(folder: Path, python: str) -> Program:

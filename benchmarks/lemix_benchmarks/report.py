@@ -29,6 +29,10 @@ class Plan:
     seed: int = 0
     quick: bool = False
     """Fewer, smaller rounds: under a minute."""
+    device: str = "cpu"
+    """Where subjects compute, as the setting of that name has it."""
+    model: str = "bench-34m"
+    """One of `lemix_benchmarks.model`."""
     vllm_python: str = ""
     """The Python of an environment with vLLM, a peer that can't live in ours; empty: there is none."""
 
@@ -168,7 +172,7 @@ def report(bench: str, plan: Plan, findings: Findings, *, started_at: datetime) 
         "seed": plan.seed,
         "quick": plan.quick,
         "rounds": findings.rounds,
-        "device": _device(),
+        "device": _device(plan.device),
         "threads": findings.threads,
         "model": findings.model,
         "rows": [row.to_json() for row in findings.rows],
@@ -201,8 +205,13 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _device() -> str:
-    return f"{_processor()}, {cpu_count()} cores"
+def _device(asked: str) -> str:
+    machine = f"{_processor()}, {cpu_count()} cores"
+    if asked == "cpu":
+        return machine
+    import torch  # it takes seconds, and benches of pipes don't need it
+
+    return f"{torch.cuda.get_device_name()}, {machine}" if torch.cuda.is_available() else machine
 
 
 def _processor() -> str:

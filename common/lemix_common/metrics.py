@@ -168,6 +168,27 @@ STAGE_WEIGHTS: Final = Metric(
     labels=("node", "stage"),
     meaning="Memory of all weight versions that the stage holds.",
 )
+KV_BLOCKS: Final = Metric(
+    name="lemix_kv_blocks",
+    kind="gauge",
+    shown_by="workers",
+    labels=("node", "state"),
+    meaning="Blocks of keys and values on each stage of a node whose stage 0 is here: owned by requests, or free.",
+)
+NODE_REQUESTS: Final = Metric(
+    name="lemix_node_requests",
+    kind="gauge",
+    shown_by="workers",
+    labels=("node", "state"),
+    meaning="Requests of a node whose stage 0 is here: running (they own blocks), or waiting for blocks.",
+)
+PREEMPTIONS: Final = Metric(
+    name="lemix_preemptions_total",
+    kind="counter",
+    shown_by="workers",
+    labels=("node",),
+    meaning="Times a request of this node gave its blocks up to an earlier one, and was computed again.",
+)
 READY_STEPS: Final = Metric(
     name="lemix_worker_ready_steps",
     kind="gauge",
@@ -222,6 +243,9 @@ METRICS: Final = (
     STAGE_BLOCKED_TIME,
     STAGE_READY,
     STAGE_WEIGHTS,
+    KV_BLOCKS,
+    NODE_REQUESTS,
+    PREEMPTIONS,
     READY_STEPS,
     LONGEST_STEP,
     TRANSITIONS,

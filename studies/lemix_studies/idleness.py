@@ -68,10 +68,12 @@ def _awaited(own: Iterable[Piece], of_node: Iterable[Piece]) -> Iterator[Interva
     """From when each unit of work begins on the node until it comes to the stage for the last time."""
     begun: dict[str, float] = {}
     for piece in of_node:
-        begun[piece.unit] = min(piece.start, begun.get(piece.unit, piece.start))
+        for unit in piece.units:
+            begun[unit] = min(piece.start, begun.get(unit, piece.start))
     last: dict[str, float] = {}
     for piece in own:
-        last[piece.unit] = max(piece.start, last.get(piece.unit, piece.start))
+        for unit in piece.units:
+            last[unit] = max(piece.start, last.get(unit, piece.start))
     return ((begun[unit], end) for unit, end in last.items())
 
 

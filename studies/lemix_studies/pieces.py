@@ -32,6 +32,15 @@ class Piece:
     unit: str = ""
     """What must be through before the node has nothing of it left: the request, or the training step (RUN:STEP)."""
     version: str = ""
+    others: tuple[str, ...] = ()
+    """Further requests of an iteration, as far as they are named."""
+    more: int = 0
+    """How many it was done for beyond these."""
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """What waits for it, as far as it is named: of an iteration all its requests."""
+        return self.unit, *self.others
 
     @property
     def position(self) -> Position:
@@ -80,6 +89,8 @@ def _piece(span: Mapping[str, Any], zero: float, steps: Mapping[str, Sequence[st
         item=item,
         unit=unit,
         version=str(span.get("version") or ""),
+        others=tuple(map(str, span.get("others", ()))),
+        more=int(span.get("more", 0)),
     )
 
 

@@ -95,7 +95,7 @@ def interesting_window(pieces: Sequence[Piece], length_s: float) -> Interval:
 
 
 def item_numbers(pieces: Iterable[Piece]) -> dict[str, str]:
-    """What items are called on boxes: 7 for a request, 7' for an example.
+    """What items are called on boxes: 7 for a request (7 +3 for an iteration of four), 7' for an example.
 
     It is the number at the end of their names where these differ in nothing else, otherwise the order of their first
     pieces, from 1.

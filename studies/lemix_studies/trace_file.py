@@ -60,11 +60,13 @@ def _metadata(name: str, node: int, stage: int, args: Mapping[str, object]) -> d
 
 
 def _event(piece: Piece) -> dict[str, object]:
-    args = {"item": piece.item or None, "weights_version": piece.version or None}
+    args: dict[str, object] = {"item": piece.item or None, "weights_version": piece.version or None}
     if piece.unit != piece.item:
         args["step"] = piece.unit
     if piece.worker:
         args["worker"] = piece.worker
+    if piece.others:
+        args |= {"others": list(piece.others), "more": piece.more}
     return {
         "ph": "X",
         "pid": piece.node,
@@ -91,4 +93,6 @@ def _piece(event: Mapping[str, Any]) -> Piece:
         item=item,
         unit=args.get("step", item),
         version=args.get("weights_version") or "",
+        others=tuple(args.get("others", ())),
+        more=int(args.get("more", 0)),
     )

@@ -247,3 +247,34 @@ def test_an_item_that_cannot_be_computed_fails_alone(small: Served, monkeypatch:
         unlucky.result(ANSWER_S)
     assert len(lucky.result(ANSWER_S).tokens) == 5
     wait_until(small.cluster.has_forgotten_items, what="caches and leases are free", timeout_s=5)
+
+
+def test_a_failure_does_not_confuse_those_whose_tokens_are_on_their_way(
+    server: RunningBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests whose choice depends on what they have had go on rightly, wherever they are when another one fails."""
+
+    def choose(logits_BV: Tensor, choosers: Sequence[Chooser], positions: Sequence[int]) -> list[Choice]:
+        unlucky = [at for chooser, at in zip(choosers, positions, strict=True) if chooser.sampling.seed == 13]
+        if unlucky and unlucky[0] >= 6:
+            raise FloatingPointError("no such luck")
+        return choose_tokens(logits_BV, choosers, positions)
+
+    monkeypatch.setattr(forwarding, "choose_tokens", choose)
+    folder = _generated("llama", tmp_path / "model")
+    whole, data_dir = whole_model(folder), tmp_path / "data"
+    settings = ClusterSettings(model=str(folder), stages=3)
+    with fresh_broker(server) as broker, in_process_cluster(broker, settings, data_dir) as (cluster, client):
+        sampling = Sampling(repetition_penalty=1.3)
+        others = [GenerateItem([5, 6 + i], 60, sampling=sampling, ignore_eos=True) for i in range(4)]
+        futures = [client.submit(item) for item in others]
+        for index in range(4):
+            unlucky = Sampling(temperature=1.0, seed=13)
+            item = GenerateItem([1, 3 + index], 30, sampling=unlucky, ignore_eos=True)
+            with pytest.raises(ItemFailed, match="no such luck"):
+                client.submit(item).result(ANSWER_S)
+        for item, future in zip(others, futures, strict=True):
+            tokens = future.result(ANSWER_S).tokens
+            assert len(tokens) == 60
+            assert_tokens_equal(whole, [int(token) for token in item.prompt], tokens, sampling)
+        wait_until(cluster.has_forgotten_items, what="caches and leases are free", timeout_s=5)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clusters import fresh_broker, in_process_cluster
+from devices import within
 from lemix import Client, TrainItem
 from lemix_common.sampling import Sampling
 from lemix_common.server import RunningBroker
@@ -34,7 +35,7 @@ from references import (
 
 STEP_EXAMPLES = 4
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 0.01
-LIMIT = 1e-6
+LIMIT = within(1e-6)
 QUICKLY = ["llama", pytest.param("gpt2", marks=pytest.mark.slow)]
 """What runs everywhere; the other family, which is cut the same way, with the slow tests."""
 SUBJECTS = [

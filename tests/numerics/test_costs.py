@@ -8,14 +8,14 @@ import math
 import pytest
 
 from lemix_common.errors import ModelError
-from lemix_stage_worker.model.costs import cut_model, model_costs
+from lemix_stage_worker.model.costs import LAYER_SHARE, cut_model, model_costs
 from lemix_stage_worker.model.source import describe_model
 from lemix_stage_worker.model.weights import MemoryWeights
 from numerics.subjects import GENERATED, Subject, random_tensors
 
 
 def test_layers_and_head_cost_their_parameters(subject: Subject) -> None:
-    """A multiply-add per parameter and token; a tied head costs what an untied one does."""
+    """A multiply-add per parameter and token, a layer more than its products; a tied head costs what others do."""
     source = subject.source
     costs = model_costs(source)
     layer = sum(
@@ -23,7 +23,7 @@ def test_layers_and_head_cost_their_parameters(subject: Subject) -> None:
         for name, spec in source.specs.items()
         if name.startswith(source.layer_prefix(1))
     )
-    assert costs.layers == (layer,) * source.num_layers
+    assert costs.layers == (layer * LAYER_SHARE,) * source.num_layers
     assert costs.head == source.vocab_size * source.hidden_size
     assert 0 < costs.embedding < costs.head
 

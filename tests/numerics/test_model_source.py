@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertConfig, MambaConfig, MixtralConfig, PreTrainedConfig, T5Config
 
+from devices import DTYPE
 from lemix_common.errors import ModelError
 from lemix_stage_worker.model.source import open_model
 from lemix_stage_worker.model.weights import MemoryWeights, TensorSpec, open_weights
@@ -39,7 +40,7 @@ def test_a_source_describes_its_model(subject: Subject) -> None:
     assert (source.vocab_size, source.context_length) == (config.vocab_size, config.max_position_embeddings)
     assert source.is_tied == config.tie_word_embeddings
     assert source.eos_ids == (() if config.eos_token_id is None else (config.eos_token_id,))
-    assert source.dtype == torch.float32
+    assert source.dtype == DTYPE
 
 
 def test_reading_gives_the_named_tensors_and_only_they(subject: Subject) -> None:

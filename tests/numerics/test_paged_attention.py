@@ -52,15 +52,18 @@ def run(
     return stages[-1].logits(hidden)[0]
 
 
+@pytest.mark.parametrize("gathers", [False, True], ids=["each by itself", "tokens at once"])
 @pytest.mark.parametrize("is_scattered", [False, True], ids=["in a row", "scattered"])
 @pytest.mark.parametrize("num_stages", [1, 2, 5])
 @torch.no_grad()
 def test_each_request_of_a_row_gets_the_whole_models_logits(
-    subject: Subject, num_stages: int, is_scattered: bool
+    subject: Subject, num_stages: int, *, is_scattered: bool, gathers: bool
 ) -> None:
     """Prefill chunks and decodes of two requests in the same iterations, at different places of their sequences."""
     stages = list(build_stages(subject.source, cut_model(subject.source, num_stages)))
     caches = [KeyValueCache.of(stage, NUM_BLOCKS) for stage in stages]
+    for cache in caches:
+        cache.gathers = gathers
     tables = Tables(is_scattered)
     # (sequence, from, to) of each iteration's rows
     iterations = [

@@ -81,7 +81,8 @@ def test_a_published_folder_of_shards_has_the_same_names(subject: Subject, tmp_p
     stages = build_stages(subject.source, _equal_cut(subject, 2))
     shells = [stage.shell() for stage in stages]
     for shell in shells:
-        shell.load(published.read(shell.parameter_names()))
+        values = published.read(shell.parameter_names())
+        shell.load({name: tensor.to(DEVICE) for name, tensor in values.items()})
     positions_T = arange(24)
     expected = run_stages(stages, subject.ids, positions_T)
     assert torch.equal(run_stages(shells, subject.ids, positions_T), expected)

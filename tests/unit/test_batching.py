@@ -166,7 +166,7 @@ def node(
     *,
     blocks: int = 64,
     in_flight: int = 2,
-    budget: int = 24,
+    chunk: int = 24,
     rule: BatchingRule = "iteration",
     max_batch: int = 4,
 ) -> Node:
@@ -174,7 +174,7 @@ def node(
     batcher = Batcher(
         BlockPool(blocks),
         max_in_flight=1 if rule == "paper" else in_flight,
-        budget=lambda: budget,
+        chunk=lambda: chunk,
         max_tokens=48,
         rule=rule,
         max_batch=max_batch,
@@ -213,15 +213,15 @@ Steps = st.lists(
     steps=Steps,
     blocks=st.sampled_from([6, 9, 20, 64]),
     in_flight=st.integers(1, 5),
-    budget=st.sampled_from([1, 16, 40]),
+    chunk=st.sampled_from([1, 16, 40]),
     rule=st.sampled_from(["iteration", "paper"]),
 )
 @settings(max_examples=300, deadline=None)
 def test_every_key_is_its_own_sequences_and_every_block_comes_back(
-    steps: list[Step], blocks: int, in_flight: int, budget: int, rule: BatchingRule
+    steps: list[Step], blocks: int, in_flight: int, chunk: int, rule: BatchingRule
 ) -> None:
     """Whoever joins, leaves, fails, moves or is pre-empted: what is read is right, all end, no block stays owned."""
-    subject = node(blocks=blocks, in_flight=in_flight, budget=budget, rule=rule)
+    subject = node(blocks=blocks, in_flight=in_flight, chunk=chunk, rule=rule)
     for step in steps:
         step(subject)
     subject.run_out()
@@ -233,7 +233,7 @@ def test_every_key_is_its_own_sequences_and_every_block_comes_back(
 
 def test_requests_that_decode_go_round_in_as_many_groups_as_there_are_workers() -> None:
     """Eight requests on two workers: iterations of four, two on their way."""
-    subject = node(in_flight=2, budget=64)
+    subject = node(in_flight=2, chunk=64)
     for _ in range(8):
         subject.submit([5], 12)
     sizes = []
@@ -245,8 +245,8 @@ def test_requests_that_decode_go_round_in_as_many_groups_as_there_are_workers() 
 
 
 def test_a_prompt_is_computed_in_chunks_beside_those_who_decode() -> None:
-    """Decodes go first; what they leave of the budget is the chunk."""
-    subject = node(in_flight=1, budget=24)
+    """Decodes go first; beside them there is a chunk of the size that they may be asked to wait for."""
+    subject = node(in_flight=1, chunk=24)
     subject.submit([5], 12)
     subject.begin()
     subject.finish()
@@ -256,12 +256,12 @@ def test_a_prompt_is_computed_in_chunks_beside_those_who_decode() -> None:
         rows = subject.under_way[-1].rows
         chunks.append([row.length for row in rows])
         subject.finish()
-    assert chunks[:3] == [[1, 23], [1, 23], [1, 18]]
+    assert chunks[:3] == [[1, 24], [1, 24], [1, 16]]
 
 
 def test_a_prompt_that_begins_like_an_earlier_one_takes_its_blocks() -> None:
     """Only what is new is computed; another version computes everything."""
-    subject = node(in_flight=1, budget=64)
+    subject = node(in_flight=1, chunk=64)
     ids = list(range(40))
     subject.submit(ids, 1)
     subject.run_out()
@@ -274,7 +274,7 @@ def test_a_prompt_that_begins_like_an_earlier_one_takes_its_blocks() -> None:
 
 def test_blocks_of_a_cancelled_request_are_free_when_its_iterations_are_over() -> None:
     """Not before, since they are still written to; and after at most as many as were on their way."""
-    subject = node(in_flight=2, budget=16)
+    subject = node(in_flight=2, chunk=16)
     subject.submit(list(range(64)), 8)
     subject.begin()
     subject.begin()
@@ -287,7 +287,7 @@ def test_blocks_of_a_cancelled_request_are_free_when_its_iterations_are_over() -
 
 def test_the_last_in_line_is_pre_empted_and_computed_again() -> None:
     """Two requests that grow beyond the memory: the first one isn't disturbed, the other one ends after it."""
-    subject = node(blocks=4, in_flight=1, budget=64)
+    subject = node(blocks=4, in_flight=1, chunk=64)
     first = subject.submit([1] * 16, 40, turn=1)
     second = subject.submit([2] * 15, 40, turn=2)
     ended = []
@@ -324,7 +324,7 @@ def test_an_empty_node_waits_for_a_batch_only_so_long() -> None:
 
 def test_one_that_fails_beyond_its_first_chunk_fails_with_others_once() -> None:
     """Begun again, it stays alone until its tokens are there, however many iterations that takes."""
-    subject = node(in_flight=1, budget=64)
+    subject = node(in_flight=1, chunk=64)
     others = [subject.submit([5], 12) for _ in range(3)]
     subject.begin()
     subject.finish()

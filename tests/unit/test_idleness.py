@@ -35,6 +35,17 @@ def test_a_generation_returns_to_stage_0() -> None:
     ]
 
 
+def test_every_request_of_an_iteration_is_awaited() -> None:
+    """Also where another one is the first that a box names."""
+    alone = drawn(
+        ".1..2...",
+        "1..2....",
+    )
+    both = [replace(piece, others=("r-3",)) for piece in alone]
+    assert idle_rows(alone, stages=2, seconds=6) == ["p.sp.s", ".ss.ss"]
+    assert idle_rows(both, stages=2, seconds=6) == ["p.pp.s", ".pp.ss"]
+
+
 def test_a_step_is_awaited_until_its_optimizer() -> None:
     """Between forward and backward, and between backward and the step's commit, its stages wait for neighbours."""
     pieces = drawn(

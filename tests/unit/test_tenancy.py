@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemix_stage_worker.tenancy import MOST_CREDIT_S, Tenancy
+from lemix_stage_worker.tenancy import Tenancy
 
 PIECES_S = st.floats(1e-3, 0.05)
 
@@ -36,9 +36,10 @@ def test_serving_that_nobody_waits_for_earns_nothing() -> None:
 def test_credit_is_not_saved_up() -> None:
     """After a long while of serving training isn't due more than a moment at once."""
     tenancy = Tenancy(0.5)
-    tenancy.count(0, 60, is_training=False, is_awaited=True)
+    for hundredth in range(6000):
+        tenancy.count(hundredth / 100, hundredth / 100 + 0.01, is_training=False, is_awaited=True)
     assert tenancy.is_training_due
-    tenancy.count(60, 60 + MOST_CREDIT_S, is_training=True, is_awaited=True)
+    tenancy.count(60, 60 + tenancy.most_credit_s, is_training=True, is_awaited=True)
     assert not tenancy.is_training_due
 
 

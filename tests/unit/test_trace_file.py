@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from lemix_studies.trace_file import chrome_trace, read_trace_file
 from stage_rows import drawn
 
 IDLE = Piece(node=1, stage=0, category="idle_serving", start=0.0, end=2.25)
+SHARED = replace(drawn("1")[0], others=("r-2", "r-3"), more=4)
+"""An iteration of seven requests."""
 RECORDING = Recording(
-    pieces=[*drawn("1a#"), IDLE], positions=[(0, 0), (1, 0)], title="a run", clock="seconds since"
+    pieces=[*drawn("1a#"), IDLE, SHARED], positions=[(0, 0), (1, 0)], title="a run", clock="seconds since"
 )
 
 

@@ -27,7 +27,7 @@ from lemix_common.store.cluster import Cluster
 from lemix_common.store.joining import join_cluster
 from lemix_common.transports import Identity, open_transport
 from lemix_common.transports.place import socket_folders, this_place, usual_addresses
-from lemix_stage_worker.device import choose_device, device_memory_bytes, device_text, prepare
+from lemix_stage_worker.device import ENVIRONMENT, choose_device, device_memory_bytes, device_text, prepare
 from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.inbox import Inbox
 from lemix_stage_worker.links import Links
@@ -66,6 +66,7 @@ def main() -> None:
     environment = os.environ
     name = WorkerId(f"{options.slot}-{uuid.uuid4().hex[:6]}")
     configure_logs(name, level=environment.get("LEMIX_LOG_LEVEL", "info"))
+    os.environ.update(ENVIRONMENT)  # torch looks there when it first multiplies
     torch.set_num_threads(1)
     keep_freed_memory()
     url, cluster_name = environment["LEMIX_URL"], environment.get("LEMIX_CLUSTER", "lemix")

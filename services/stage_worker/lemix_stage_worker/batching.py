@@ -1,13 +1,14 @@
 """What a node computes next of its requests: iteration-level batching over a paged cache, decided at stage 0.
 
 An *iteration* is one hybrid batch on its way through the stages: the next token of some requests, and chunks of others'
-prompts, up to a budget of tokens. Requests join and leave between iterations (Orca, Yu et al., OSDI 2022; chunks after
-Sarathi-Serve, Agrawal et al., OSDI 2024). As many iterations are on their way as the node has workers, so the requests
-that decode go round in as many groups: while one group is at stage 1, another one is at stage 0.
+prompts. Requests join and leave between iterations (Orca, Yu et al., OSDI 2022; chunks after Sarathi-Serve, Agrawal et
+al., OSDI 2024). As many iterations are on their way as the node has workers, so the requests that decode go round in as
+many groups: while one group is at stage 1, another one is at stage 0.
 
-Decodes come first; prompts take what the budget leaves, the first in line first, and never nothing. Memory is taken at
-stage 0 for all stages, whose caches have the same blocks: for a prompt before its first chunk, for a decode block by
-block. Where none is left, the request that is last in line gives its blocks up and is computed again later.
+Decodes come first; beside them there is a chunk of prompts, of the first in line first, no larger than those who decode
+may be asked to wait for, and never nothing. Memory is taken at stage 0 for all stages, whose caches have the same
+blocks: for a prompt before its first chunk, for a decode block by block. Where none is left, the request that is last
+in line gives its blocks up and is computed again later.
 
 `paper` is the LeMix paper's rule (its Algorithm 3): one iteration at a time, whole prompts together with one step of
 what runs, a batch of at most so many requests, which waits for more only so long.
@@ -157,8 +158,8 @@ class Batcher:
 
     pool: BlockPool
     max_in_flight: int
-    budget: Callable[[], int]
-    """Tokens of an iteration beside which somebody decodes; it is asked each time."""
+    chunk: Callable[[], int]
+    """Tokens of prompts in an iteration in which somebody decodes; it is asked each time."""
     max_tokens: int
     """Tokens of an iteration at most."""
     rule: BatchingRule = "iteration"
@@ -174,6 +175,8 @@ class Batcher:
     num_preempted: int = 0
     _left_behind: dict[int, list[int]] = field(default_factory=dict)
     """By iteration, blocks that are given up at its end."""
+    _is_settling: bool = False
+    """After a failure: nothing is planned until what is on its way has ended."""
     _next_number: int = 0
 
     # ---- who is there
@@ -242,19 +245,22 @@ class Batcher:
         """An iteration came to its end; None if it isn't on its way."""
         iteration = self.in_flight.pop(number, None)
         self.pool.disown(self._left_behind.pop(number, []))
+        self._is_settling = self._is_settling and bool(self.in_flight)
         if iteration is not None:
             for row in iteration.rows:
-                row.member.is_alone = False
+                row.member.is_alone = row.member.is_alone and row.member.num_left > 0
         return iteration
 
     def failed(self, number: int) -> list[Member]:
         """An iteration failed. Those whom it names begin again, each alone; one that was alone is returned instead.
 
         So does whoever shares a block that it should have written; and no block is taken for what it should hold.
+        Nothing is planned before the others on their way have ended: they may have been computed on its ground.
         """
         iteration = self.end(number)
         if iteration is None:
             return []
+        self._is_settling = bool(self.in_flight)
         self.pool.forget_all()
         members = [row.member for row in iteration.rows if row.is_current]
         written = {block for row in iteration.rows for block in row.blocks[row.start // BLOCK_TOKENS :]}
@@ -271,7 +277,9 @@ class Batcher:
     # ---- how
     @property
     def _has_room(self) -> bool:
-        return len(self.in_flight) < (1 if self.rule == "paper" else self.max_in_flight)
+        return not self._is_settling and len(self.in_flight) < (
+            1 if self.rule == "paper" else self.max_in_flight
+        )
 
     def _rows(self, version: str) -> list[PlannedRow]:
         ready = [member for member in self.running if member.is_ready and member.version == version]
@@ -320,7 +328,7 @@ class Batcher:
             return WITHOUT_LIMIT
         if not has_decodes:
             return self.max_tokens
-        return min(max(self.budget() - num_decodes, LEAST_CHUNK), self.max_tokens)
+        return min(max(self.chunk(), LEAST_CHUNK), self.max_tokens - num_decodes)
 
     def _may_join(self, member: Member, version: str) -> bool:
         if self.rule == "paper" and len(self.running) >= self.max_batch:

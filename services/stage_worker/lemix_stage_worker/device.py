@@ -3,25 +3,30 @@
 A GPU does what it is told later than it is told. So whoever measures how long something took, or must know that it is
 over, waits for the device first (`wait_for`); on the processor that is nothing.
 
-Training is replayed after a failure, and a version's name promises its bits. So on a GPU, too, sums are added in a fixed
-order (torch's deterministic algorithms), products of float32 are float32's (no TF32), and those of bfloat16 are added up
-in float32. Equal bits are promised on one kind of GPU, not between a GPU and a processor.
+Training is replayed after a failure, and a version's name promises its bits. So on a GPU, too, sums are added in a
+fixed order (torch's deterministic algorithms), products of float32 are float32's (no TF32), and those of bfloat16 are
+added up in float32. Equal bits are promised on one kind of GPU, not between a GPU and a processor.
 """
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Mapping
 from typing import Final
 
 import torch
+import torch.utils.deterministic
 
 from lemix_common.errors import SettingsError
 from lemix_common.machine import memory_limit_bytes, resident_bytes
 
 CPU: Final = torch.device("cpu")
-_CUBLAS: Final = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-"""Without a workspace of fixed size, cuBLAS may add in another order each time."""
+ENVIRONMENT: Final[Mapping[str, str]] = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # else cuBLAS may add in another order each time
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",  # half a megabyte each, for every shape that was met
+    "LRU_CACHE_CAPACITY": "256",  # torch's own, of the same
+}
+"""What a process that computes has to have before it begins to."""
 
 
 def choose_device(asked: str, slot: str) -> torch.device:
@@ -45,15 +50,15 @@ def choose_device(asked: str, slot: str) -> torch.device:
 
 
 def prepare(device: torch.device) -> torch.device:
-    """Have torch compute on it exactly and repeatably from now on, in the whole process; to be called once, early."""
+    """Have torch compute on it exactly and repeatably from now on, in the whole process, whose environment is set."""
     if device.type == "cuda":
-        os.environ.setdefault(*_CUBLAS)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.use_deterministic_algorithms(mode=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nobody reads what wasn't written
+        # nobody reads what wasn't written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it is assigned to
     return device
 
 

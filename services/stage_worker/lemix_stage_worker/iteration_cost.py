@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-LEAST_TOKENS: Final = 16
 UNKNOWN_TOKENS: Final = 32
 """Before anything was measured."""
 _KEPT: Final = 0.97
@@ -48,9 +47,7 @@ class IterationCost:
             return 0.0, seconds / tokens
         return max(0.0, seconds - slope * tokens), slope
 
-    def tokens_within(self, limit_s: float) -> int:
-        """The most tokens that take no longer."""
-        fixed_s, token_s = self.coefficients
-        if not token_s:
-            return UNKNOWN_TOKENS
-        return max(LEAST_TOKENS, int((limit_s - fixed_s) / token_s))
+    def more_tokens_within(self, limit_s: float) -> int:
+        """The most tokens by which an iteration takes no longer than this more."""
+        _, token_s = self.coefficients
+        return int(limit_s / token_s) if token_s else UNKNOWN_TOKENS

@@ -55,4 +55,11 @@ def worker_samples(worker: Worker) -> Iterator[Sample]:
     for host in hosts:
         yield Sample(metrics.STAGE_READY, host.is_ready, (host.node, host.stage))
         yield Sample(metrics.STAGE_WEIGHTS, host.memory_bytes, (host.node, host.stage))
+    for node, requests in list(worker.serving.nodes.items()):
+        batcher = requests.batcher
+        yield Sample(metrics.KV_BLOCKS, batcher.pool.num_owned, (node, "owned"))
+        yield Sample(metrics.KV_BLOCKS, batcher.pool.num_free, (node, "free"))
+        yield Sample(metrics.NODE_REQUESTS, len(batcher.running), (node, "running"))
+        yield Sample(metrics.NODE_REQUESTS, len(batcher.waiting), (node, "waiting"))
+        yield Sample(metrics.PREEMPTIONS, batcher.num_preempted, (node,))
     yield from worker.reporter.times.samples((host.node, host.stage) for host in hosts)

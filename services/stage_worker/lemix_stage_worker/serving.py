@@ -92,6 +92,8 @@ class NodeRequests:
     """Those whose newest token their clients don't have yet."""
     is_scheduled: bool = False
     """Its next iteration is the compute loop's."""
+    has_failed: bool = False
+    """An iteration did; what later ones chose on its ground isn't forgotten yet."""
     num_begun: int = 0
 
 
@@ -175,7 +177,10 @@ class Serving:
 
         def run() -> None:
             node.is_scheduled = False
-            iteration = node.batcher.plan() if self.nodes.get(host.node) is node else None
+            if self.nodes.get(host.node) is not node:
+                return
+            self._forget_failure(host, node)
+            iteration = node.batcher.plan()
             if iteration is None:
                 return
             begun.append(iteration.number)
@@ -268,7 +273,7 @@ class Serving:
             batcher = Batcher(
                 BlockPool(host.num_blocks),
                 max_in_flight=self.around.num_workers(host.node),
-                budget=partial(cost.tokens_within, settings.max_block_ms / 1000),
+                chunk=partial(cost.more_tokens_within, settings.max_block_ms / 1000),
                 max_tokens=settings.max_batch_tokens,
                 rule="paper" if settings.batching == "paper" else "iteration",
                 max_batch=settings.max_running,
@@ -346,9 +351,18 @@ class Serving:
         log.warning("iteration_failed", node=host.node, iteration=number, reason=reason)
         for member in node.batcher.failed(number):
             self.fail(host, node.by_number[member.number], reason)
-        for request in node.by_number.values():
-            self._open(host, request)  # what a later iteration chose on the failed one's ground is forgotten
+        node.has_failed = True
         self.wake(host)
+
+    def _forget_failure(self, host: HostedStage, node: NodeRequests) -> None:
+        """Tell the stages anew what everybody has had: later iterations may have noted what was chosen in vain.
+
+        When nothing is on its way any more, so that nothing is noted behind it.
+        """
+        if node.has_failed and not node.batcher.in_flight:
+            node.has_failed = False
+            for request in node.by_number.values():
+                self._open(host, request)
 
     def _scored(
         self, host: HostedStage, request: Request, row: PlannedRow, logprobs: Sequence[float]

@@ -12,8 +12,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
-MOST_CREDIT_S: Final = 0.1
-"""What training has not used soon it doesn't get later: a long debt paid at once would block a request."""
 _REMEMBERED: Final = 256
 
 
@@ -23,6 +21,8 @@ class Tenancy:
 
     least_share: float
     """Of the time in which both want to compute, what training gets; 0: none."""
+    most_credit_s: float = 0.02
+    """What training has not used soon it doesn't get later: a long debt paid at once would block a request."""
     _credit_s: float = 0.0
     _trained: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     """When training ran lately: enough to tell what a step waited."""
@@ -40,7 +40,7 @@ class Tenancy:
                 self._credit_s -= ended - began
         elif is_awaited:
             earned_s = (ended - began) * self.least_share / (1 - self.least_share)
-            self._credit_s = min(MOST_CREDIT_S, self._credit_s + earned_s)
+            self._credit_s = min(max(self.most_credit_s, earned_s), self._credit_s + earned_s)
 
     def blocked_s(self, ready_at: float, began: float) -> float:
         """How long a step that was ready waited while training ran."""

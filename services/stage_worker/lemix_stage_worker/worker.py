@@ -112,7 +112,7 @@ class Worker:
     def __post_init__(self) -> None:
         self.now = self.broker.clock.now
         self.ready = ReadyQueue(is_fifo=self.settings.order == "fifo")
-        self.tenancy = Tenancy(self.settings.min_training_share)
+        self.tenancy = Tenancy(self.settings.min_training_share, self.settings.max_block_ms / 1000)
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
         self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
         self.forwarding = Forwarding(self)

@@ -133,11 +133,19 @@ def _draw(
         is_wide = width_points >= (_OUTLINED_POINTS if piece.is_idle else _EDGED_POINTS)
         inset_s = (0.9 if piece.is_idle and is_wide else 0.0) / points_per_second
         looks[piece.category, is_wide].append(_rectangle(row, start + inset_s, end - inset_s))
-        label = "" if piece.category == "optimizer" else names.get(piece.item, "")
+        label = _label_of(piece, names)
         if label and width_points >= len(label) * _CHARACTER_POINTS + 3:
             _label(axes, label, (start + end) / 2, row, FILLS[piece.category])
     for (category, is_wide), rectangles in looks.items():
         axes.add_collection(PolyCollection(rectangles, **_look(category, is_wide=is_wide)), autolim=False)
+
+
+def _label_of(piece: Piece, names: Mapping[str, str]) -> str:
+    """An item's number, and for how many others a box is."""
+    if piece.category == "optimizer":
+        return ""
+    num_others = len(piece.others) + piece.more
+    return names.get(piece.item, "") + (f" +{num_others}" if num_others else "")
 
 
 def _rectangle(row: int, start: float, end: float) -> Rectangle:

@@ -12,11 +12,13 @@ Where the kernel isn't there (other processors, other types), stages are left as
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from lemix_stage_worker.model.stage import StageModel
@@ -25,6 +27,8 @@ _pack: Final[Any] = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 _multiply: Final[Any] = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _ROWS: Final = 16
 """What the order is chosen for; it is the same from 8 rows on."""
+_STEPS: Final = ((8, 1), (32, 4), (128, 16), (sys.maxsize, 64))
+"""Up to so many rows, their number is rounded up to a multiple of this."""
 
 
 class PackedLinear(nn.Module):
@@ -37,9 +41,24 @@ class PackedLinear(nn.Module):
         self.bias_N = bias_N
 
     def forward(self, input_BTK: Tensor) -> Tensor:
-        """(…, in) to (…, out)."""
+        """(…, rows, in) to (…, rows, out)."""
+        num_rows = input_BTK.shape[-2]
+        if missing := padded_rows(num_rows) - num_rows:
+            return self._multiply(pad(input_BTK, (0, 0, 0, missing)))[..., :num_rows, :]
+        return self._multiply(input_BTK)
+
+    def _multiply(self, input_BTK: Tensor) -> Tensor:
         output: Tensor = _multiply(input_BTK, self.packed, self.bias_N, "none", [], "")
         return output
+
+
+def padded_rows(num_rows: int) -> int:
+    """So many rows are computed for this many.
+
+    oneDNN keeps half a megabyte for every shape that it has met, and takes half a millisecond for a new one.
+    """
+    step = next(step for most, step in _STEPS if num_rows <= most)
+    return -(-num_rows // step) * step
 
 
 def can_pack(parameter: Tensor) -> bool:

@@ -4,16 +4,20 @@ An iteration's tokens, of however many requests, are one row for everything but 
 are looked at by themselves: they attend to the keys and values of its blocks, where theirs have just been written. A
 run of blocks that lie next to each other is read where it is; only what is scattered is copied together first.
 
+A GPU takes longer to be told of a small piece of work than to do it. There all rows of one token (decodes) are attended
+to at once, their keys and values copied together.
+
 This is the seam for other kernels: they'd take the same `PagedRow`s and the same cache.
 
-Shapes: T tokens of an iteration, H heads, G key-value heads, K values a head, S slots (one a token) of the cache.
+Shapes: T tokens of an iteration, H heads, G key-value heads, K values a head, S slots (one a token) of the cache, R
+rows of one token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -56,8 +60,11 @@ class KeyValueCache:
     values_GSK: list[Tensor]
     versions: list[str] = field(init=False)
     """By block: the weights that computed what it holds."""
+    gathers: bool = field(init=False)
+    """Rows of one token are attended to at once."""
 
     def __post_init__(self) -> None:
+        self.gathers = self.keys_GSK[0].device.type != "cpu"
         self.versions = [""] * (self.keys_GSK[0].shape[1] // BLOCK_TOKENS)
 
     @classmethod
@@ -110,10 +117,13 @@ class PagedRows:
     """By row: the runs of slots, from and to, that hold its keys and values."""
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     """By row and window; the same for all layers."""
+    _tokens: _TokenRows | None = field(init=False)
+    """The rows that are attended to at once."""
 
     def __post_init__(self) -> None:
         self.lengths = [row.length for row in self.rows]
         self._extents = [_extents(row) for row in self.rows]
+        self._tokens = _token_rows(self.rows, self.slots_T.device) if self.cache.gathers else None
 
     @property
     def positions_T(self) -> Tensor:
@@ -137,8 +147,14 @@ class PagedRows:
         values_GSK.index_copy_(1, self.slots_T, value_GTK)
         heads, groups = query_HTK.shape[0], keys_GSK.shape[0]
         queries = torch.split_with_sizes(query_HTK[None], self.lengths, dim=2)
+        at_once: dict[int, Tensor] = {}
+        if self._tokens is not None:
+            at_once = self._tokens.attend(query_HTK, keys_GSK, values_GSK, scale=scale, window=window)
         found: list[Tensor] = []
         for index, (row, extents, query) in enumerate(zip(self.rows, self._extents, queries, strict=True)):
+            if index in at_once:
+                found.append(at_once[index])
+                continue
             is_token = row.length == 1
             if is_token and heads > groups:  # the heads of a group are as many queries to its keys
                 query = query.view(1, groups, heads // groups, -1)  # noqa: PLW2901 - the same values
@@ -152,7 +168,7 @@ class PagedRows:
                 scale=scale,
                 enable_gqa=heads > groups and not is_token,
             )
-            found.append(output.view(1, heads, 1, -1) if is_token else output)
+            found.append(output.reshape(1, heads, 1, -1) if is_token else output)
         output_HTK = found[0] if len(found) == 1 else torch.cat(found, dim=2)
         return output_HTK[0].transpose(0, 1)
 
@@ -166,6 +182,67 @@ class PagedRows:
             allowed = behind >= 0
             self._masks[index, window] = allowed if window is None else allowed & (behind < window)
         return self._masks[index, window]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _TokenRows:
+    """Rows of one token, which are attended to at once."""
+
+    indices: tuple[int, ...]
+    """Which of the iteration's rows they are."""
+    at_R: Tensor
+    """Where they are among its tokens."""
+    ends_R: Tensor
+    slots_RS: Tensor
+    """Of each one's keys; a shorter one's first again where it has none, so that nobody reads what isn't its own."""
+
+    def attend(
+        self,
+        query_HTK: Tensor,
+        keys_GSK: Tensor,
+        values_GSK: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> dict[int, Tensor]:
+        """By row, what its token sees: (1, H, 1, K)."""
+        heads, groups, size = query_HTK.shape[0], keys_GSK.shape[0], query_HTK.shape[2]
+        position_S = torch.arange(self.slots_RS.shape[1], device=self.ends_R.device)
+        allowed_RS = position_S < self.ends_R[:, None]
+        if window is not None:
+            allowed_RS &= position_S >= self.ends_R[:, None] - window
+        output = scaled_dot_product_attention(
+            query_HTK[:, self.at_R].transpose(0, 1).reshape(-1, groups, heads // groups, size),
+            keys_GSK[:, self.slots_RS].transpose(0, 1),
+            values_GSK[:, self.slots_RS].transpose(0, 1),
+            attn_mask=allowed_RS[:, None, None],
+            scale=scale,
+        )
+        rows = output.reshape(-1, 1, heads, 1, size).unbind()
+        return dict(zip(self.indices, rows, strict=True))
+
+
+def _token_rows(rows: Sequence[PagedRow], device: torch.device) -> _TokenRows | None:
+    """Those of an iteration; None where there is no second one."""
+    indices = tuple(index for index, row in enumerate(rows) if row.length == 1)
+    if len(indices) < 2:  # one alone needs no copies
+        return None
+    starts = list(accumulate((row.length for row in rows), initial=0))
+    most = max(len(rows[index].blocks) for index in indices)
+    blocks_RN = torch.tensor([_padded(rows[index].blocks, most) for index in indices], device=device)
+    ends_R = torch.tensor([rows[index].end for index in indices], device=device)
+    slots_RS = (blocks_RN[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=device)).flatten(1)
+    is_own_RS = torch.arange(slots_RS.shape[1], device=device) < ends_R[:, None]
+    return _TokenRows(
+        indices=indices,
+        at_R=torch.tensor([starts[index] for index in indices], device=device),
+        ends_R=ends_R,
+        slots_RS=torch.where(is_own_RS, slots_RS, slots_RS[:, :1]),
+    )
+
+
+def _padded(blocks: Sequence[int], length: int) -> list[int]:
+    return [*blocks, *[0] * (length - len(blocks))]
 
 
 def num_kv_blocks(source: ModelSource, layers: Sequence[range], *, max_running: int, kv_bytes: int) -> int:

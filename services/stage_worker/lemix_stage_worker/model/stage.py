@@ -215,7 +215,7 @@ class StageModel:
 
 
 def build_stage(source: ModelSource, cut: StageCut, *, attention: str | None = None) -> StageModel:
-    """Build a stage: parameters on the meta device (see `StageModel.load`), computed buffers real, on the source's device.
+    """Build a stage: parameters on the meta device (see `StageModel.load`), computed buffers real, on its device.
 
     `attention` names one of transformers' attention implementations (default: SDPA where the model allows it). A cut
     that isn't of this model is a `ModelError`.
