@@ -1,4 +1,4 @@
-"""Requests of all kinds that share the iterations of a running cluster, drawn from a seed, and what was made of them."""
+"""Requests of all kinds that share the iterations of a running cluster, drawn from a seed, and what came of them."""
 
 from __future__ import annotations
 

@@ -90,7 +90,8 @@ def rss_bytes() -> int:
 
 def slope(points: list[tuple[int, int]]) -> float:
     """Of the line through them with the least squares."""
-    mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
+    mean_x = sum(x for x, _ in points) / len(points)
+    mean_y = sum(y for _, y in points) / len(points)
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from devices import within
+from lemix_common.errors import ModelError
 from lemix_stage_worker.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from lemix_stage_worker.model.costs import cut_model
-from lemix_stage_worker.model.paged_attention import KeyValueCache, PagedRow, StaleBlock
+from lemix_stage_worker.model.paged_attention import KeyValueCache, PagedRow, StaleBlock, num_kv_blocks
 from lemix_stage_worker.model.self_check import build_stages, relative_difference
 from lemix_stage_worker.model.stage import StageModel
 from numerics.subjects import Subject
@@ -96,3 +97,23 @@ def test_a_block_of_other_weights_cannot_be_read(subject: Subject) -> None:
     cache.plan([PagedRow(start=0, length=BLOCK_TOKENS, blocks=blocks[:1])], "0.1")
     with pytest.raises(StaleBlock):
         cache.plan([PagedRow(start=BLOCK_TOKENS, length=1, blocks=blocks)], "0.2")
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+def test_a_cache_keeps_within_its_bytes(subject: Subject, num_stages: int) -> None:
+    """On every stage: as many blocks as the largest one may hold, or as requests may fill; one context must fit."""
+    layers, of_context = cut_model(subject.source, num_stages), num_blocks_for(subject.source.context_length)
+    stages = build_stages(subject.source, layers)
+    one = KeyValueCache.of(max(stages, key=lambda stage: len(stage.cut.layers)), of_context)
+    context_bytes = sum(tensor.nbytes for tensor in (*one.keys_GSK, *one.values_GSK))
+
+    def blocks(kv_bytes: int) -> int:
+        return num_kv_blocks(subject.source, layers, max_running=4, kv_bytes=kv_bytes)
+
+    for kv_bytes in (context_bytes, context_bytes * 5 // 2):
+        for stage in stages:
+            cache = KeyValueCache.of(stage, blocks(kv_bytes))
+            assert sum(tensor.nbytes for tensor in (*cache.keys_GSK, *cache.values_GSK)) <= kv_bytes
+    assert (blocks(context_bytes), blocks(context_bytes * 100)) == (of_context, 4 * of_context)
+    with pytest.raises(ModelError, match="allow for more, or use more stages"):
+        blocks(context_bytes - 1)

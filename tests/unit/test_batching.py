@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -259,6 +260,21 @@ def test_a_prompt_is_computed_in_chunks_beside_those_who_decode() -> None:
     assert chunks[:3] == [[1, 24], [1, 24], [1, 16]]
 
 
+def test_a_prompt_gets_further_however_many_decode() -> None:
+    """Also where those who decode are as many as an iteration's tokens."""
+    subject = node(blocks=200, in_flight=1, chunk=24)
+    for number in range(48):
+        subject.submit([number], 80)
+    for _ in range(3):
+        subject.begin()
+        subject.finish()
+    late = subject.submit(list(range(60)), 1)
+    for _ in range(8):
+        subject.begin()
+        subject.finish()
+    assert late not in subject.items
+
+
 def test_a_prompt_that_begins_like_an_earlier_one_takes_its_blocks() -> None:
     """Only what is new is computed; another version computes everything."""
     subject = node(in_flight=1, chunk=64)
@@ -297,6 +313,26 @@ def test_the_last_in_line_is_pre_empted_and_computed_again() -> None:
         ended += [item for item in (first, second) if item not in subject.items and item not in ended]
     assert subject.batcher.num_preempted > 0
     assert ended == [first, second]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 16), min_size=4, max_size=12),
+    in_flight=st.integers(2, 5),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None)
+def test_who_gives_way_holds_up_nobody(lengths: list[int], in_flight: int, seed: int) -> None:
+    """If nothing is on its way there is something to be computed, also where the first in line gave its blocks up."""
+    subject, draw = node(blocks=8, in_flight=in_flight), random.Random(seed)
+    for number, length in enumerate(lengths):
+        subject.submit([number] * length, 48)
+    while subject.items:
+        for _ in range(draw.randint(1, in_flight)):
+            if not subject.begin():
+                break
+        assert subject.under_way, "everybody waits for ever"
+        for _ in range(draw.randint(1, len(subject.under_way))):
+            subject.finish()
 
 
 def test_the_papers_rule_takes_whole_prompts_one_iteration_at_a_time() -> None:

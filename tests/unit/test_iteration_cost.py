@@ -40,7 +40,7 @@ def test_iterations_that_differ_tell_both_parts(fixed_s: float, token_s: float, 
 def test_iterations_that_are_all_alike_tell_the_whole() -> None:
     """All of their time is their tokens': a chunk is rather too small than too large."""
     cost = note(IterationCost(), [8] * 50, fixed_s=0.004, token_s=0.0001)
-    assert cost.coefficients == (0.0, pytest.approx(0.0048 / 8))
+    assert cost.coefficients == pytest.approx((0.0, 0.0048 / 8))
     assert cost.more_tokens_within(0.02) == int(0.02 / (0.0048 / 8))
 
 

@@ -227,13 +227,13 @@ class Batcher:
         """The next iteration, on its way from now on; None if nobody can be in it."""
         if not self._has_room:
             return None
-        suspects = [
-            member for member in (*self.running, *self.waiting) if member.is_alone and member.is_ready
-        ]
-        if suspects:
-            rows = self._row_alone(suspects[0]) if not self.in_flight else []
-        else:
-            rows = next(filter(None, map(self._rows, self._versions())), [])
+        num_preempted = self.num_preempted
+        rows = self._next_rows()
+        while (
+            not rows and num_preempted < self.num_preempted
+        ):  # who was to be computed gave way to the others
+            num_preempted = self.num_preempted
+            rows = self._next_rows()
         if not rows:
             return None
         iteration = Iteration(number=self._next_number, version=rows[0].member.version, rows=tuple(rows))
@@ -280,6 +280,14 @@ class Batcher:
         return not self._is_settling and len(self.in_flight) < (
             1 if self.rule == "paper" else self.max_in_flight
         )
+
+    def _next_rows(self) -> list[PlannedRow]:
+        suspects = [
+            member for member in (*self.running, *self.waiting) if member.is_alone and member.is_ready
+        ]
+        if suspects:
+            return self._row_alone(suspects[0]) if not self.in_flight else []
+        return next(filter(None, map(self._rows, self._versions())), [])
 
     def _rows(self, version: str) -> list[PlannedRow]:
         ready = [member for member in self.running if member.is_ready and member.version == version]
@@ -328,7 +336,7 @@ class Batcher:
             return WITHOUT_LIMIT
         if not has_decodes:
             return self.max_tokens
-        return min(max(self.chunk(), LEAST_CHUNK), self.max_tokens - num_decodes)
+        return max(min(self.chunk(), self.max_tokens - num_decodes), LEAST_CHUNK)
 
     def _may_join(self, member: Member, version: str) -> bool:
         if self.rule == "paper" and len(self.running) >= self.max_batch:

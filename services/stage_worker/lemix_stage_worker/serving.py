@@ -173,6 +173,7 @@ class Serving:
         if plan_at is None or plan_at > self.now():
             return
         node.is_scheduled = True
+        can_run_at = self.now()  # before that, the stages had as many iterations as they take
         batch, begun = Batch(), []
 
         def run() -> None:
@@ -186,7 +187,8 @@ class Serving:
             begun.append(iteration.number)
             batch.version, batch.num_tokens = iteration.version, iteration.num_tokens
             batch.items += [
-                (node.by_number[row.member.number].started.item, row.ready_at) for row in iteration.rows
+                (node.by_number[row.member.number].started.item, max(row.ready_at, can_run_at))
+                for row in iteration.rows
             ]
             self._forward(host, iteration)
             self.wake(host)
@@ -203,7 +205,7 @@ class Serving:
                 stage=host.stage,
                 item="",
                 version="",
-                ready_at=self.now(),
+                ready_at=can_run_at,
                 run=run,
                 failed=failed,
                 batch=batch,
