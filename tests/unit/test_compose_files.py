@@ -133,7 +133,8 @@ def test_the_broker_keeps_what_it_accepted() -> None:
 def test_gpus_are_reserved_for_the_stage_workers_alone() -> None:
     """In a file of their own, since an engine without a GPU refuses the whole of it."""
     services = read("compose.gpu.yaml")["services"]
-    assert set(services) == {"stage-worker"}
+    assert [name for name, service in services.items() if "deploy" in service] == ["stage-worker"]
+    assert services["coordinator"] == {"environment": {"LEMIX_DEVICE": "${LEMIX_DEVICE:-cuda}"}}
     (device,) = services["stage-worker"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
     assert "gpu" not in (COMPOSE / "compose.yaml").read_text("utf-8")

@@ -2,8 +2,8 @@
 
 A decode step multiplies each matrix by a handful of rows. Torch's own product reads the matrix as it is stored; oneDNN
 has one for matrices that were rearranged beforehand, which takes 35 % less with 4 to 16 rows, 26 % with 32, 17 % with
-64 and 4 % with 256 (one thread, float32, a Llama's 512 × 512 and 512 × 1,376). Its results also don't depend on the
-number of rows, to the bit.
+64 and 4 % with 256 (one thread of an AMD EPYC, float32, a Llama's 512 × 512 and 512 × 1,376; there its results don't
+depend on the number of rows, to the bit, and on other processors but for rounding).
 
 The rearranged matrix takes the place of the stored one, so a version that only serves takes as much memory as before.
 Where the kernel isn't there (other processors, other types), stages are left as they are.
