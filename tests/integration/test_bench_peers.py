@@ -113,6 +113,7 @@ def test_a_program_that_never_is_a_peer_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+@pytest.mark.slow
 def test_stopped_peers_end_with_a_bench_that_is_killed(script: Path, tmp_path: Path) -> None:
     """Stopped, they can't see that their input has ended: the kernel hangs up on them."""
     bench = (
