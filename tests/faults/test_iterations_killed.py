@@ -17,7 +17,7 @@ from switch_scene import switching, write_subject
 
 POINTS = {
     # planned and embedded, nobody else knows of it
-    ("worker-0", FramePoint("RunForward", "unsent", 20)): True,
+    ("worker-0", FramePoint("RunForward", "unsent", 20)): False,
     ("worker-0", FramePoint("RunForward", "sent", 20)): False,
     # on its way to a later stage, or waiting in line there
     ("worker-1", FramePoint("RunForward", "arrived", 20)): False,
