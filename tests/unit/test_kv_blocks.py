@@ -10,11 +10,11 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lemix_stage_worker.batching import Member
 from lemix_stage_worker.kv_blocks import (
     BLOCK_TOKENS,
     BlockHash,
     BlockPool,
-    block_hashes,
     next_hash,
     num_blocks_for,
     root_hash,
@@ -123,6 +123,12 @@ class Model:
         assert self.pool.num_owned == len(self.owned)
         assert self.pool.num_free == self.pool.num_blocks - len(self.owned)
         assert all(self._is_known(block) for block in self.content)
+
+
+def block_hashes(version: str, tokens: list[int]) -> list[BlockHash]:
+    """What a request with these tokens calls its full blocks."""
+    member = Member(number=0, version=version, ids=tokens, turn=0.0, ready_at=0.0)
+    return [member.hash_upto(count) for count in range(1, len(tokens) // BLOCK_TOKENS + 1)]
 
 
 def names(text: int, count: int) -> list[BlockHash]:

@@ -60,13 +60,7 @@ def read_replies(fields: Mapping[str, str]) -> Iterator[Reply]:
                     logprobs=tuple(map(TokenLogprob.of, logprobs)),
                 )
         case "done" | "failed" | "cancelled" as state:
-            yield ItemEnded(
-                item=ItemId(fields["item"]),
-                state=state,
-                result=fields.get("result", ""),
-                reason=fields.get("reason", ""),
-                version_spans=read_spans(fields),
-            )
+            yield _ended(ItemId(fields["item"]), state, fields)
         case event:
             raise ValueError(f"unknown reply {event!r}")
 
@@ -74,8 +68,10 @@ def read_replies(fields: Mapping[str, str]) -> Iterator[Reply]:
 def end_in_hash(item: ItemId, fields: Mapping[str, str]) -> ItemEnded | None:
     """The end that an item's hash tells of, if it has ended."""
     state: Any = fields.get("state")
-    if state not in ("done", "failed", "cancelled"):
-        return None
+    return _ended(item, state, fields) if state in ("done", "failed", "cancelled") else None
+
+
+def _ended(item: ItemId, state: EndState, fields: Mapping[str, str]) -> ItemEnded:
     return ItemEnded(
         item=item,
         state=state,

@@ -64,8 +64,6 @@ class Member:
     """Since when it could have been computed on."""
     scores_from: int | None = None
     """The position whose next token is the first to be scored; None: tokens are generated."""
-    shares_prefix: bool = True
-    """Blocks that are known already are taken over; otherwise everything is computed."""
     is_alone: bool = False
     """It gets iterations of its own: it may be what makes others fail."""
     num_planned: int = 0
@@ -227,8 +225,8 @@ class Batcher:
         """The next iteration, on its way from now on; None if nobody can be in it."""
         if not self._has_room:
             return None
-        num_preempted = self.num_preempted
-        rows = self._next_rows()
+        rows: list[PlannedRow] = []
+        num_preempted = -1
         while (
             not rows and num_preempted < self.num_preempted
         ):  # who was to be computed gave way to the others
@@ -387,7 +385,7 @@ class Batcher:
 
     def _known_blocks(self, member: Member) -> list[int]:
         """Those of its beginning; something is left to be computed, and all positions that are asked for."""
-        if not member.shares_prefix or member.is_alone:
+        if member.is_alone:
             return []
         last = (
             len(member.ids) - 1

@@ -143,8 +143,14 @@ class Forwarding:
                     self._schedule(host, line)
 
         def failed(error: Exception) -> None:
-            about = {"node": host.node, "stage": 0, "epoch": host.epoch, "iteration": frame.iteration}
-            self.around.send(host, 0, ForwardFailed(**about, reason=reason_of(error)))
+            told = ForwardFailed(
+                node=host.node,
+                stage=0,
+                epoch=host.epoch,
+                iteration=frame.iteration,
+                reason=reason_of(error),
+            )
+            self.around.send(host, 0, told)
 
         known = [host.opened[number].item for number in frame.numbers if number in host.opened]
         self.around.schedule(

@@ -34,15 +34,6 @@ def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS)
 
 
-def block_hashes(version: str, tokens: Sequence[int]) -> list[BlockHash]:
-    """The hashes of a sequence's full blocks, each of everything up to its end."""
-    before, found = root_hash(version), []
-    for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
-        before = next_hash(before, tokens[start : start + BLOCK_TOKENS])
-        found.append(before)
-    return found
-
-
 def root_hash(version: str) -> BlockHash:
     """What is before the first block of a sequence on this version."""
     return hashlib.blake2b(version.encode(), digest_size=_HASH_BYTES).digest()

@@ -148,11 +148,9 @@ class Serving:
         node = self._node(host)
         node.batcher.drop(request.member)
         if node.by_number.pop(request.member.number, None) is not None:
-            about = {"node": host.node, "stage": 0, "epoch": host.epoch}
-            self.forwarding.release(
-                host,
-                ReleaseItem(**about, item=item, attempt=request.started.attempt),
-            )
+            attempt = request.started.attempt
+            release = ReleaseItem(node=host.node, stage=0, epoch=host.epoch, item=item, attempt=attempt)
+            self.forwarding.release(host, release)
         self.around.ended(host.node, request.started.entry)
         self.wake(host)
 
@@ -400,9 +398,9 @@ class Serving:
         def moved(answer: Sequence[object]) -> None:
             if self.requests.get((host.node, started.item)) is request:
                 request.started = replace(started, version=str(answer[1]))
-                request.member.version, request.member.ready_at = request.started.version, self.now()
+                request.member.ready_at = self.now()
                 log.info("item_moved", **_names(host, request), left=started.version)
-                node.batcher.add(request.member)
+                node.batcher.begin_again(request.member, version=request.started.version)
                 self.wake(host)
 
         move = self.updates.move(started.item, started.attempt, node=host.node, epoch=host.epoch)
