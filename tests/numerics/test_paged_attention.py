@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, field
 
@@ -9,14 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from devices import within
+from devices import DEVICE, DTYPE, within
 from lemix_common.errors import ModelError
+from lemix_common.sampling import GREEDY
 from lemix_stage_worker.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from lemix_stage_worker.model.costs import cut_model
 from lemix_stage_worker.model.paged_attention import KeyValueCache, PagedRow, StaleBlock, num_kv_blocks
-from lemix_stage_worker.model.self_check import build_stages, relative_difference
-from lemix_stage_worker.model.stage import StageModel
-from numerics.subjects import Subject
+from lemix_stage_worker.model.sampling import Chooser, choose_tokens
+from lemix_stage_worker.model.self_check import build_stages, relative_difference, run_stages_paged
+from lemix_stage_worker.model.source import open_model
+from numerics.subjects import REAL_MODELS, TRAINED, Subject
 
 NUM_BLOCKS = 16
 VERSION = "0.3"
@@ -40,17 +43,6 @@ class Tables:
         return PagedRow(
             start=start, length=length, blocks=self.tables[sequence][: num_blocks_for(start + length)]
         )
-
-
-def run(
-    stages: list[StageModel], caches: list[KeyValueCache], ids: list[Tensor], rows: list[PagedRow]
-) -> Tensor:
-    """An iteration through all stages: logits_TV."""
-    hidden = torch.cat(ids)[None]
-    for stage, cache in zip(stages, caches, strict=True):
-        paged = cache.plan(rows, VERSION)
-        hidden = stage.run_paged(hidden, paged.positions_T, paged)
-    return stages[-1].logits(hidden)[0]
 
 
 @pytest.mark.parametrize("gathers", [False, True], ids=["each by itself", "tokens at once"])
@@ -78,7 +70,7 @@ def test_each_request_of_a_row_gets_the_whole_models_logits(
     for parts in iterations:
         rows = [tables.row(sequence, start, end - start) for sequence, start, end in parts]
         ids = [subject.ids[sequence, start:end] for sequence, start, end in parts]
-        logits_TV = run(stages, caches, ids, rows)
+        logits_TV = run_stages_paged(stages, caches, torch.cat(ids), rows, VERSION)
         for (sequence, _, _), logits in zip(
             parts, torch.split_with_sizes(logits_TV, [row.length for row in rows]), strict=True
         ):
@@ -86,6 +78,28 @@ def test_each_request_of_a_row_gets_the_whole_models_logits(
     expected = subject.whole(subject.ids).logits
     for sequence, parts_TV in found.items():
         assert relative_difference(torch.cat(parts_TV), expected[sequence]) < within(1e-5)
+
+
+@pytest.mark.data
+@torch.no_grad()
+def test_the_trained_llama_tells_its_story() -> None:
+    """Greedy text from the beginning-of-sequence token, through three stages, is the known one."""
+    folder = REAL_MODELS / TRAINED[0]
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    source = open_model(folder, dtype=DTYPE, device=DEVICE)
+    stages = build_stages(source, cut_model(source, 3))
+    caches = [KeyValueCache.of(stage, NUM_BLOCKS) for stage in stages]
+    tables, tokens = Tables(is_scattered=False), [1]
+    for position in range(24):
+        ids_T = torch.tensor(tokens[-1:], device=DEVICE)
+        logits_TV = run_stages_paged(stages, caches, ids_T, [tables.row(0, position, 1)], VERSION)
+        (choice,) = choose_tokens(logits_TV, [Chooser(GREEDY, 1)], [position + 1])
+        tokens.append(choice.token)
+    vocabulary = json.loads((folder / "tokenizer.json").read_bytes())["model"]["vocab"]
+    words = {token: word for word, token in vocabulary.items()}
+    text = "".join(words[token] for token in tokens[1:]).replace("\u2581", " ").strip()
+    assert text.startswith("Once upon a time, there was a little girl named Lily.")
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Proof, before a model is accepted, that its stages compute what the whole model computes.
 
-A tiny random copy of the model (the same code, small sizes) runs whole and cut, with and without a cache, forward and
-backward. Structure says that a model can be taken apart; only its numbers say that nothing happened between the parts
-(an embedding scaled in the base's forward, logits divided after the head).
+A tiny random copy of the model (the same code, small sizes) runs whole and cut, as training and as serving run it: with
+a backward, and in chunks beside others' with keys and values in blocks. Structure says that a model can be taken apart;
+only its numbers say that nothing happened between the parts (an embedding scaled in the base's forward, logits divided
+after the head).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from lemix_common.errors import ModelError
+from lemix_stage_worker.kv_blocks import num_blocks_for
+from lemix_stage_worker.model.paged_attention import KeyValueCache, PagedRow
 from lemix_stage_worker.model.skeleton import (
     HEAD_WEIGHT,
     build_skeleton,
@@ -40,8 +43,12 @@ _MODEL_CODE_ERRORS = (
 """What the code of a model that can't be cut may raise when it is tried."""
 _LAYERS = 4
 _CUTS = ((range(1), range(1, 4)), (range(1), range(1, 3), range(3, 4)))
-_CHUNKS = (range(6), range(6, 7), range(7, 10), range(10, 11))
+_CHUNKS = (range(6), range(6, 7), range(7, 18), range(18, 19))
+"""The third goes over the border of a block."""
 _TOKENS = _CHUNKS[-1].stop
+_BLOCKS = ((0, 3), (1, 2))
+"""Of the two sequences: scattered, and in a row."""
+_VERSION = "0.0"
 _VOCABULARY = 32
 _SEED = 0
 
@@ -49,17 +56,22 @@ _SEED = 0
 def check_family(source: ModelSource) -> None:
     """Compare cuts of a tiny copy of the model with the tiny model whole; `ModelError` where they differ."""
     try:
-        findings = list(_differences(tiny_model(source.config)))
+        wrong = next(
+            (
+                f"{what} of {stages} stages"
+                for stages, what, size in _differences(tiny_model(source.config))
+                if not size <= RELATIVE_TOLERANCE
+            ),
+            None,
+        )
     except _MODEL_CODE_ERRORS as error:
         raise ModelError(
             f"models of type {source.config.model_type!r} can't be cut into stages: {reason(error)}"
         ) from error
-    if wrong := [
-        f"{what} of {stages} stages" for stages, what, size in findings if not size <= RELATIVE_TOLERANCE
-    ]:
+    if wrong is not None:
         raise ModelError(
-            f"models of type {source.config.model_type!r} can't be cut into stages: {', '.join(wrong)} differ from "
-            "the whole model's, so something is computed between its parts"
+            f"models of type {source.config.model_type!r} can't be cut into stages: {wrong} differ from the whole "
+            "model's, so something is computed between its parts"
         )
 
 
@@ -101,17 +113,27 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return tiny
 
 
-def run_stages(
-    stages: Sequence[StageModel],
-    ids_BT: Tensor,
-    positions: Tensor,
-    caches: Sequence[DynamicCache] | None = None,
-) -> Tensor:
+def run_stages(stages: Sequence[StageModel], ids_BT: Tensor, positions: Tensor) -> Tensor:
     """All stages one after another in this process: logits_BTV."""
     hidden = ids_BT
-    for index, stage in enumerate(stages):
-        hidden = stage(hidden, positions, caches[index] if caches else None)
+    for stage in stages:
+        hidden = stage(hidden, positions)
     return stages[-1].logits(hidden)
+
+
+def run_stages_paged(
+    stages: Sequence[StageModel],
+    caches: Sequence[KeyValueCache],
+    ids_T: Tensor,
+    rows: Sequence[PagedRow],
+    version: str,
+) -> Tensor:
+    """All stages one after another in this process, on an iteration's tokens: logits_TV."""
+    hidden = ids_T[None]
+    for stage, cache in zip(stages, caches, strict=True):
+        paged = cache.plan(rows, version)
+        hidden = stage.run_paged(hidden, paged.positions_T, paged)
+    return stages[-1].logits(hidden)[0]
 
 
 def build_stages(source: ModelSource, ranges: Sequence[range]) -> tuple[StageModel, ...]:
@@ -151,7 +173,7 @@ def _differences(source: ModelSource) -> Iterator[tuple[int, str, float]]:
         torch.autograd.backward(found_BTV.logsumexp(-1).sum())
         yield len(ranges), "logits", relative_difference(found_BTV, logits_BTV)
         yield len(ranges), "gradients", _worst(gradients(stages, source.embedding_name), expected)
-        yield len(ranges), "logits with a cache", relative_difference(_in_chunks(stages, ids_BT), cached_BTV)
+        yield len(ranges), "logits in chunks", relative_difference(_in_chunks(stages, ids_BT), cached_BTV)
         yield len(ranges), "logits of packed rows", relative_difference(_packed(stages, ids_BT), logits_BTV)
 
 
@@ -173,14 +195,18 @@ def _whole_in_chunks(whole: PreTrainedModel, ids_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _in_chunks(stages: Sequence[StageModel], ids_BT: Tensor) -> Tensor:
-    caches = [stage.new_cache() for stage in stages]
-    return torch.cat(
-        [
-            run_stages(stages, ids_BT[:, chunk.start : chunk.stop], torch.tensor(chunk), caches)
-            for chunk in _CHUNKS
-        ],
-        dim=1,
-    )
+    caches = [KeyValueCache.of(stage, sum(map(len, _BLOCKS))) for stage in stages]
+
+    def logits_of(chunk: range) -> Tensor:
+        rows = [
+            PagedRow(start=chunk.start, length=len(chunk), blocks=blocks[: num_blocks_for(chunk.stop)])
+            for blocks in _BLOCKS
+        ]
+        ids_T = ids_BT[:, chunk.start : chunk.stop].flatten()
+        logits_TV = run_stages_paged(stages, caches, ids_T, rows, _VERSION)
+        return logits_TV.unflatten(0, (len(_BLOCKS), len(chunk)))
+
+    return torch.cat([logits_of(chunk) for chunk in _CHUNKS], dim=1)
 
 
 @torch.no_grad()

@@ -3,9 +3,8 @@
 A stage computes exactly what the whole model computes there: it calls the base module's own forward with the other
 stages' parts taken out. Shapes: B sequences, T tokens, D hidden size, V vocabulary.
 
-Attention is causal. Several sequences packed into one row (positions start again at 0) attend to themselves only;
-that holds without a cache. With a cache the positions must go on where the cache ends: a packed row together with a
-cache is silently wrong in transformers.
+Attention is causal. Several sequences packed into one row (positions start again at 0) attend to themselves only. Keys
+and values are kept by `run_paged` only, in blocks: a packed row beside transformers' own cache is silently wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lemix_common.errors import ModelError
 from lemix_stage_worker.model.attention import PagedAttention
@@ -88,17 +87,17 @@ class StageModel:
         """This stage's head takes its values from the embedding: sum both gradients, embedding first."""
         return self.tied_to is not None
 
-    def __call__(self, ids_or_hidden: Tensor, positions: Tensor, cache: DynamicCache | None = None) -> Tensor:
+    def __call__(self, ids_or_hidden: Tensor, positions: Tensor) -> Tensor:
         """Run the layers: ids_BT on the first stage, else hidden_BTD; hidden_BTD out, after the norm on the last.
 
-        `positions` is (T) for all rows or (B, T). A cache is extended in place.
+        `positions` is (T) for all rows or (B, T).
         """
         source = {"input_ids" if self.is_first else "inputs_embeds": ids_or_hidden}
         output = self.base(
             **source,
             position_ids=positions if positions.dim() == 2 else positions[None],
-            past_key_values=cache,
-            use_cache=cache is not None,
+            past_key_values=None,
+            use_cache=False,
         )
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
@@ -123,10 +122,6 @@ class StageModel:
             raise ValueError(f"stage {self.cut.stage} of {self.cut.stages} has no head")
         logits_BTV: Tensor = self.head(hidden_BTD)
         return logits_BTV
-
-    def new_cache(self) -> DynamicCache:
-        """An empty key-value cache of this stage's layers, for one request (or one fixed batch)."""
-        return DynamicCache(config=self.base.config)
 
     def parameter_names(self) -> tuple[str, ...]:
         """The global names of the tensors this stage needs, each once, in model order."""
@@ -173,8 +168,7 @@ class StageModel:
     def parts(self, layers_per_part: int = 1) -> tuple[StageModel, ...]:
         """The stage in shorter runs of layers that share its modules and values, for training's safepoints.
 
-        Run one after another without a cache they compute what the stage computes; what is loaded into the stage is
-        in its parts.
+        Run one after another they compute what the stage computes; what is loaded into the stage is in its parts.
         """
         layers = self.cut.layers
         starts = layers[::layers_per_part]
