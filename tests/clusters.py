@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from lemix_common.clock import SystemClock, wait_until
 from lemix_common.ids import WorkerId
 from lemix_common.machine import memory_limit_bytes
 from lemix_common.messages import Frame
+from lemix_common.profile_file import read_profile
 from lemix_common.server import RunningBroker
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.cluster import MAIN_RUN, Cluster
@@ -36,6 +38,8 @@ from lemix_common.transports import Identity, open_transport
 from lemix_coordinator.coordinator import Coordinator
 from lemix_coordinator.operations.transitions import advance, remove
 from lemix_stage_worker.device import choose_device
+from lemix_stage_worker.emulated.emulation import Emulation
+from lemix_stage_worker.emulated.worker import EmulatedWorker
 from lemix_stage_worker.heartbeat import Heartbeat
 from lemix_stage_worker.hosted_stage import HostedStage
 from lemix_stage_worker.inbox import FrameArrived, Inbox
@@ -101,6 +105,10 @@ class MortalWorker(Worker):
             if self.broker.dead.is_set():  # it stumbled over its own end
                 raise Killed from None
             raise
+
+
+class MortalEmulatedWorker(MortalWorker, EmulatedWorker):
+    """The same of a worker that only waits."""
 
 
 @dataclass
@@ -182,16 +190,22 @@ class InProcessCluster:
         source = open_model(Path(self.settings.model), dtype=dtype_named(self.settings.dtype), device=device)
         links = Links(name, open_transport(Identity(name, cluster.secret())), inbox, clock)
         address = links.listen(f"memory:{name}")
-        worker = MortalWorker(
-            name=name,
-            broker=broker,
-            settings=self.settings,
-            source=source,
-            layers=cut_model(source, self.settings.stages),
-            links=links,
-            inbox=inbox,
-            reporter=Reporter(name, broker),
-        )
+        parts: dict[str, Any] = {
+            "name": name,
+            "broker": broker,
+            "settings": self.settings,
+            "source": source,
+            "layers": cut_model(source, self.settings.stages),
+            "links": links,
+            "inbox": inbox,
+            "reporter": Reporter(name, broker),
+        }
+        worker: MortalWorker
+        if (profile := cluster.profile()) is not None and self.settings.emulated_profile:
+            emulation = Emulation(profile=profile, vocab_size=source.vocab_size, eos_ids=source.eos_ids)
+            worker = MortalEmulatedWorker(**parts, emulation=emulation)
+        else:
+            worker = MortalWorker(**parts)
         broker.on_death = lambda: _cut(links)
         hosted = self.workers[slot] = Hosted(broker, worker)
         about = {
@@ -336,6 +350,8 @@ def in_process_cluster(
     model = open_model_folder(settings.model, stages=settings.stages)
     held_out = read_held_out(settings.gate_file, model)
     Cluster(broker).create(settings, model.fields(), model.tokenizer, held_out)
+    if settings.emulated_profile:
+        Cluster(broker).publish_profile(read_profile(Path(settings.emulated_profile)))
     cluster = InProcessCluster(broker, settings, data_dir)
     with silent_deaths():
         cluster.add_coordinator(points.get(COORDINATOR))

@@ -51,4 +51,5 @@ def arange(*borders: int) -> Tensor:
 def on_test_device(settings: ClusterSettings) -> ClusterSettings:
     """The same cluster, there and in that precision, unless it names its own."""
     dtype = str(DTYPE).removeprefix("torch.") if IS_HALF and not settings.dtype else settings.dtype
-    return replace(settings, device=str(DEVICE), dtype=dtype)
+    device = settings.device if settings.emulated_profile else str(DEVICE)
+    return replace(settings, device=device, dtype=dtype)

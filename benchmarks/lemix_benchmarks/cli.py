@@ -18,8 +18,8 @@ from lemix_benchmarks.report import SECONDS, Findings, Plan, report
 from lemix_common.errors import BadInput
 from lemix_common.logs import configure_logs
 
-BENCHES = ("hop", "prefill", "train", "decode", "tax")
-NOT_BUILT = ("scheduler", "migrate", "gpu")
+BENCHES = ("hop", "prefill", "train", "decode", "tax", "scheduler")
+NOT_BUILT = ("migrate", "gpu")
 ON_ANY_DEVICE = ("train", "decode", "tax")
 """The others are about the processor, and run ``bench-34m``."""
 BENCH_MODELS = ("bench-34m", "llama-1b")

@@ -57,6 +57,11 @@ class Keys:
         return self._key("tokenizer")
 
     @property
+    def profile(self) -> str:
+        """Hash: version (of this hash), model, device, source, stages, published_at, profile (all costs, as JSON)."""
+        return self._key("profile")
+
+    @property
     def leader(self) -> str:
         """String with expiry: the coordinator that leads."""
         return self._key("leader")
@@ -78,7 +83,7 @@ class Keys:
 
     @property
     def totals(self) -> str:
-        """Hash of counters: submitted, done, failed, cancelled, refused, open; training_tax and its two sums."""
+        """Hash of counters: submitted, done, failed, cancelled, refused, open, slo_kept, slo_counted, training_tax …"""
         return self._key("totals")
 
     @property

@@ -12,13 +12,20 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from lemix_common.errors import SettingsError
 from lemix_common.schedules.orders import SCHEDULES
 
-POLICIES = ("naive-mix", "separate", "random")
+POLICIES = (
+    *("naive-mix", "separate", "random", "separate-dynamic", "luf", "jsq", "naive-mix+", "random+", "luf+"),
+    *("lemix-prototype", "lemix-paper", "lemix"),
+)
+POLICY_PLUGINS = "lemix.policies"
+"""Entry-point group of other policies."""
+PREFERENCES = ("balanced", "nodes", "speed")
 OPTIMIZERS = ("adamw", "sgd")
 LEARNING_RATE_SCHEDULES = ("constant", "linear", "cosine")
 UPDATE_RULES = ("finish", "rebuild")
@@ -26,6 +33,8 @@ REPLICAS = ("allreduce", "independent")
 ORDERS = ("urgency", "fifo")
 BATCHING_RULES = ("iteration", "paper")
 DTYPES = ("", "float32", "bfloat16", "float64")
+EMULATED = "emulated:"
+"""What the name of a device begins with that only waits; the file of its profile follows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +50,11 @@ class ClusterSettings:
     workers: int = 0
     """Worker processes that `lemix up` starts; 0: one a stage."""
     policy: str = "naive-mix"
-    """Where items run: naive-mix, separate or random."""
+    """Where items run: naive-mix, separate, random, jsq, luf, lemix or another one of docs/scheduling.md."""
+    prefer: str = "balanced"
+    """What `lemix` gives most for where it must choose: balanced, nodes (few are used) or speed."""
+    slo_s: float = 0.0
+    """Seconds in which a request is to end; 0: five times what it takes on an idle node, if a profile says that."""
     replicas: str = "allreduce"
     """allreduce: nodes learn one model; independent: each learns its share alone, as in the LeMix paper (studies)."""
     training_share: float = 0.5
@@ -69,7 +82,7 @@ class ClusterSettings:
     dtype: str = ""
     """What weights are computed in: float32, bfloat16 (trained with float32 masters) or float64; empty: the model's."""
     device: str = "cpu"
-    """Where workers compute: cpu, cuda (the machine's GPUs by turns), cuda:N, or auto (cuda where there is a GPU)."""
+    """Where workers compute: cpu, cuda (all GPUs by turns), cuda:N, auto (a GPU, if any) or emulated:PROFILE."""
     max_step_wait_s: float = 0.0
     """Plan a partial step when its oldest example has waited this long; 0: only on flush."""
     learning_rate: float = 1e-4
@@ -150,6 +163,7 @@ class ClusterSettings:
             "max_gradient_norm",
             "max_training_tax",
             "batch_wait_ms",
+            "slo_s",
         ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in (
@@ -161,7 +175,13 @@ class ClusterSettings:
         ):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, name, value, "a finite number above 0")
-        _require(self.policy in POLICIES, "policy", self.policy, "one of " + ", ".join(POLICIES))
+        _require(
+            self.policy in POLICIES or self.policy in _plugged_in(),
+            "policy",
+            self.policy,
+            "one of " + ", ".join(POLICIES),
+        )
+        _require(self.prefer in PREFERENCES, "prefer", self.prefer, "one of " + ", ".join(PREFERENCES))
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, "one of " + ", ".join(OPTIMIZERS))
         rules = " or ".join(UPDATE_RULES)
         _require(self.on_update in UPDATE_RULES, "on_update", self.on_update, rules)
@@ -188,19 +208,21 @@ class ClusterSettings:
         share = self.min_training_share
         _require(0 <= share <= 0.9, "min_training_share", share, "between 0 and 0.9")
         _require(0 < self.training_share < 1, "training_share", self.training_share, "between 0 and 1")
-        if self.policy == "separate":
+        if self.policy.startswith("separate"):
             _require(
                 self.nodes >= 2,
                 "nodes",
                 self.nodes,
-                "at least 2 with policy separate (one serves, one trains)",
+                f"at least 2 with policy {self.policy} (one serves, one trains)",
             )
         _require(self.workers <= self.nodes * self.stages, "workers", self.workers, "at most nodes x stages")
 
     def _check_schedule(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, "one of " + ", ".join(filter(None, DTYPES)))
-        is_device = re.fullmatch(r"cpu|auto|cuda(:\d+)?", self.device) is not None
-        _require(is_device, "device", self.device, "cpu, cuda, cuda:N or auto")
+        is_device = re.fullmatch(r"cpu|auto|cuda(:\d+)?|emulated:.+", self.device) is not None
+        _require(
+            is_device, "device", self.device, "cpu, cuda, cuda:N or auto, or emulated: and a profile's file"
+        )
         _require(
             not (self.microbatches and self.microbatch_tokens),
             "microbatch_tokens",
@@ -233,6 +255,11 @@ class ClusterSettings:
         return self.workers or self.nodes * self.stages
 
     @property
+    def emulated_profile(self) -> str:
+        """The file of the profile that workers act as if they had such accelerators by; '' where they compute."""
+        return self.device.removeprefix(EMULATED) if self.device.startswith(EMULATED) else ""
+
+    @property
     def overlaps_steps(self) -> bool:
         """A step begins before the one before is committed, on weights one version older."""
         return self.schedule == "a-pp"
@@ -258,6 +285,11 @@ class ClusterSettings:
     def to_fields(self) -> dict[str, str]:
         """As the readable fields of a Redis hash."""
         return {name: str(value) for name, value in asdict(self).items()}
+
+
+def _plugged_in() -> frozenset[str]:
+    """Policies that other packages bring."""
+    return frozenset(entry.name for entry in entry_points(group=POLICY_PLUGINS))
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

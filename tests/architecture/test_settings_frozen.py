@@ -8,9 +8,9 @@ from lemix.cli.setting_options import setting_descriptions
 from lemix_common.settings import ClusterSettings
 
 SETTINGS = """
-model nodes stages workers policy replicas training_share step_examples step_tokens microbatches microbatch_tokens
-schedule order min_training_share max_training_tax activation_bytes recompute dtype device max_step_wait_s
-learning_rate weight_decay
+model nodes stages workers policy prefer slo_s replicas training_share step_examples step_tokens microbatches
+microbatch_tokens schedule order min_training_share max_training_tax activation_bytes recompute dtype device
+max_step_wait_s learning_rate weight_decay
 optimizer learning_rate_schedule warmup_steps schedule_steps max_gradient_norm virtual_shards seed publish_every
 gate_file gate_margin on_update max_drain_s checkpoint_every keep_checkpoints
 max_queue max_running batching max_batch_tokens max_block_ms batch_wait_ms kv_bytes

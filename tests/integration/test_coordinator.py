@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ from lemix_common.store.items import COORDINATORS, STAGE_0, Items
 from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.training import Training
 from lemix_coordinator.coordinator import Coordinator
+from lemix_coordinator.scheduling.cluster_state import ClusterState
+from lemix_coordinator.scheduling.policies import Policy
+from lemix_coordinator.scheduling.work import Decision, Resize, Work
 
 NODES, STAGES = 2, 2
 
@@ -489,3 +492,84 @@ def test_a_step_starts_on_every_ready_node_once(ready: tuple[Scene, Coordinator]
         coordinator.tick()
     run = Training(scene.broker, MAIN_RUN).state()
     assert (run.attempt, run.attempt_step, len(run.members)) == (2, 1, 1)
+
+
+class Holding:
+    """A policy that gives requests to node 1 and wants no step to run."""
+
+    name = "holding"
+    uses_state = True
+
+    def place(self, state: ClusterState, work: Work, now: float) -> Decision:
+        """Requests only."""
+        del state, now
+        return Decision(node=None if work.is_training else 1)
+
+    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
+        """Never."""
+        del state, waiting, now
+        return Resize()
+
+
+def follow(coordinator: Coordinator, policy: Policy) -> None:
+    """Have a coordinator ask this policy."""
+    coordinator.scheduler.choose = lambda _settings, _slo_s: policy
+    coordinator.scheduler.policy = policy
+
+
+def test_a_step_is_held_back_for_a_bounded_time(ready: tuple[Scene, Coordinator]) -> None:
+    """A policy that never lets training run delays a step by two seconds, and no request."""
+    scene, coordinator = ready
+    follow(coordinator, Holding())
+    scene.submit("a")
+    for item in "bc":
+        scene.submit(item, "train")
+    for _ in range(3):
+        coordinator.tick()
+    training = Training(scene.broker, MAIN_RUN)
+    assert scene.work(1) == ["a"]
+    assert (training.state().planned, training.state().attempt) == (1, 0)
+    scene.clock.sleep(2.5)
+    coordinator.tick()
+    assert (training.state().attempt, training.state().attempt_step) == (1, 1)
+
+
+def test_a_policy_that_fails_is_overruled(ready: tuple[Scene, Coordinator]) -> None:
+    """Requests go to the ready nodes in turn."""
+    scene, coordinator = ready
+
+    class Failing(Holding):
+        def place(self, state: ClusterState, work: Work, now: float) -> Decision:
+            del state, work, now
+            raise ZeroDivisionError
+
+    follow(coordinator, Failing())
+    for item in "ab":
+        scene.submit(item)
+    coordinator.tick()
+    assert [scene.work(0), scene.work(1)] == [["a"], ["b"]]
+
+
+def test_a_request_without_a_node_waits_and_is_asked_about_again(ready: tuple[Scene, Coordinator]) -> None:
+    """In the queue, from which it can still be taken; a new leader finds it there."""
+    scene, coordinator = ready
+
+    class Choosy(Holding):
+        def place(self, state: ClusterState, work: Work, now: float) -> Decision:
+            del state, work, now
+            return Decision(node=None)
+
+    follow(coordinator, Choosy())
+    for item in "ab":
+        scene.submit(item)
+    coordinator.tick()
+    assert [scene.item(item)["state"] for item in "ab"] == ["queued", "queued"]
+    assert Items(scene.broker).cancel("b")
+    scene.clock.sleep(5.0)
+    coordinator.tick()
+    assert [scene.work(0), scene.work(1)] == [[], []]
+    successor = scene.successor()
+    successor.tick()
+    successor.tick()
+    assert scene.work(0) + scene.work(1) == ["a"]
+    assert scene.broker.client.xlen(scene.broker.keys.submissions) == 0

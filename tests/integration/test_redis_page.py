@@ -22,9 +22,11 @@ from lemix_common.broker import Broker, connect
 from lemix_common.clock import wait_until
 from lemix_common.server import RunningBroker
 from lemix_common.settings import ClusterSettings
+from lemix_common.store.cluster import Cluster
 from lemix_common.store.items import Items
 from lemix_stage_worker.inbox import Finished
 from tiny_model import write_tiny_llama
+from toy_profile import toy_profile
 
 PAGE = ROOT / "docs" / "redis.md"
 CLUSTER = "lemix"
@@ -61,6 +63,7 @@ def scene(server: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> It
             asked = GenerateItem([3, 4], 8, ignore_eos=True, deadline_s=3600, while_connected=True)
             served = [client.submit(asked) for _ in range(2)]
             wait_until(lambda: any(f.done() for f in served), what="node 0 answers", timeout_s=PATIENCE_S)
+            Cluster(broker).publish_profile(toy_profile(3))
             (waiting,) = [future for future in served if not future.done()]
             yield Scene(server.url, cluster, str(waiting.item_id), str(client.name))
         waiting.result(PATIENCE_S)
@@ -106,6 +109,7 @@ QUESTIONS = {
     "9.": (r"state\n *\d+\) running", r"state +running"),
     "10.": (r"worker-0-\w{6}.*1\) \d{8,}\n2\) \d{8,}", r"worker-0-\w{6} .*\d+ of \d+ MiB"),
     "What": (r"[0-9a-f]{32}\n.*\d{10}\.\d+\n.*[0-9a-f]{32}.*\(integer\) \d{4}", r"deadline_at"),
+    "By": (r"1\) 1\n2\) toy\n3\) toy\n4\) roofline\n5\) 3", ""),
     "How": (r"worker-\d-\w{6} memory", r"worker-0-\w{6} .*memory"),
 }
 

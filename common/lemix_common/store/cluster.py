@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lemix_common.broker import LEADER_ONLY, NOTICE, Broker, Lua
+from lemix_common.costs import Profile
 from lemix_common.errors import ClusterError, Fenced
 from lemix_common.ids import BASE_VERSION, Version
+from lemix_common.profile_file import parse_profile, profile_object
 from lemix_common.settings import ClusterSettings, settings_from
 from lemix_common.store.items import COORDINATORS, STAGE_0, Call, fence
 
@@ -217,6 +220,15 @@ return {'ok'}
 )
 
 
+_PUBLISH_PROFILE = Lua(
+    "publish_profile",
+    """
+redis.call('HINCRBY', K.profile, 'version', 1)
+for name, value in pairs(cjson.decode(ARGV[1])) do redis.call('HSET', K.profile, name, value) end
+return {'ok'}
+""",
+)
+
 _ANNOUNCE_METRICS = Lua(
     "announce_metrics",
     """
@@ -273,6 +285,23 @@ class Cluster:
                 f"no cluster {self.broker.keys.cluster!r} on this broker: start one with `lemix up`"
             )
         return ClusterSettings(**settings_from(fields, where="the cluster's settings"))
+
+    def profile(self) -> Profile | None:
+        """What work costs on the cluster's accelerators, if that was measured or given; `BadInput` if it's damaged."""
+        text = self.broker.hash(self.broker.keys.profile).get("profile")
+        return parse_profile(text, where=f"what {self.broker.keys.profile} holds") if text else None
+
+    def publish_profile(self, profile: Profile) -> None:
+        """What work costs from now on; who is told so goes by it from its next start."""
+        about = {
+            "model": profile.model,
+            "device": profile.device,
+            "source": profile.source,
+            "stages": str(profile.num_stages),
+            "published_at": f"{self.broker.clock.now():.6f}",
+            "profile": json.dumps(profile_object(profile), separators=(",", ":")),
+        }
+        self.broker.call(_PUBLISH_PROFILE, about)
 
     def tokenizer(self) -> str:
         """The text of the model's tokenizer.json; '' if it has none."""

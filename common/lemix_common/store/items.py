@@ -100,9 +100,26 @@ local function unbind(client, item)
     redis.call('DEL', K.client_alive(client))
   end
 end
+local function keeps_slo(item, now)
+  local slo_s, slo_ttft_s, slo_itl_s, submitted, first = unpack(redis.call(
+    'HMGET', K.item(item), 'slo_s', 'slo_ttft_s', 'slo_itl_s', 'submitted_at', 'first_token_at'))
+  if not submitted then return nil end
+  if slo_s then return now - submitted <= tonumber(slo_s) end
+  if not slo_ttft_s then return nil end
+  local gaps = redis.call('LLEN', K.item_tokens(item)) - 1
+  local itl_s = gaps > 0 and (now - (first or now)) / gaps or 0
+  return first and first - submitted <= tonumber(slo_ttft_s) and itl_s <= tonumber(slo_itl_s)
+end
+local function count_slo(item, state, now)
+  local is_kept = keeps_slo(item, now)
+  if state == 'cancelled' or is_kept == nil then return end
+  redis.call('HINCRBY', K.totals, 'slo_counted', 1)
+  if is_kept and state == 'done' then redis.call('HINCRBY', K.totals, 'slo_kept', 1) end
+end
 local function end_item(item, state, now, ...)
   local kind, version, client, bound = unpack(
     redis.call('HMGET', K.item(item), 'kind', 'weights_version', 'client', 'while_connected'))
+  count_slo(item, state, now)
   redis.call('ZREM', K.deadlines, item)
   if bound == '1' and client then unbind(client, item) end
   redis.call('HSET', K.item(item), 'state', state, 'ended_at', now, ...)
@@ -233,9 +250,10 @@ _DISPATCH = Lua(
     LEADER_ONLY
     + _GIVE
     + """
-local entry, item, node, now = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+local entry, item, node, now, about = ARGV[2], ARGV[3], ARGV[4], ARGV[5], cjson.decode(ARGV[6])
 local fresh = redis.call('HGET', K.item(item), 'state') == 'queued'
 if fresh then
+  for name, value in pairs(about) do redis.call('HSET', K.item(item), name, value) end
   give(item, redis.call('HINCRBY', K.item(item), 'attempt', 1), node, now)
 end
 redis.call('XACK', K.submissions, 'coordinators', entry)
@@ -584,9 +602,14 @@ class Items:
         return [str(value) for value in values]
 
     # ---- by the coordinator
-    def dispatch(self, leader_epoch: int, entry: Entry, node: int) -> Call:
-        """The call that sends a queued item to a node (a no-op for one that is not queued any more)."""
-        return _DISPATCH, (leader_epoch, entry.id, entry.fields["item"], node, self._now())
+    def dispatch(
+        self, leader_epoch: int, entry: Entry, node: int, about: Mapping[str, str] | None = None
+    ) -> Call:
+        """The call that sends a queued item to a node (a no-op for one that is not queued any more).
+
+        ``about``: what is expected of it there, further fields of the item.
+        """
+        return _DISPATCH, (leader_epoch, entry.id, entry.fields["item"], node, self._now(), dict(about or {}))
 
     def redispatch(
         self, leader_epoch: int, node: int, entry: Entry, *, target: int | None, reason: str
@@ -608,9 +631,9 @@ class Items:
         fence(answer)
         return [str(item) for item in answer[1:]]
 
-    def submitted(self, consumer: str, *, count: int, pending: bool) -> list[Entry]:
-        """New submissions, or (``pending``) those read earlier and not dispatched."""
-        after = "0" if pending else ">"
+    def submitted(self, consumer: str, *, count: int, pending: bool, behind: str = "0") -> list[Entry]:
+        """New submissions, or (``pending``) those read earlier and not dispatched, ``behind`` an entry."""
+        after = behind if pending else ">"
         stream = self.broker.keys.submissions
         return self.broker.read_group(stream, COORDINATORS, consumer, block_s=0.001, count=count, after=after)
 

@@ -77,6 +77,12 @@ _DIVERGING = (
 )
 
 
+_EMULATED = (
+    "accelerators are emulated: nothing is computed, tokens, scores and losses are made up, and weights' hashes only "
+    "tell versions apart"
+)
+
+
 class Status(TypedDict):
     """A cluster at a glance."""
 
@@ -91,7 +97,7 @@ class Status(TypedDict):
     failures: list[Failure]
     training_tax: float
     slo_attainment: float | None
-    """None: what an item takes on an idle node, its base, is measured by a replay, and not known of a live cluster."""
+    """Of the requests that have ended; None while none has that had an objective (see `slo_s` and `lemix profile`)."""
     weights_version: str
     versions: dict[str, str]
     training: dict[str, int]
@@ -146,13 +152,16 @@ def read_status(broker: Broker) -> Status:
             for _, fields in failures
         ],
         training_tax=training_tax(totals),
-        slo_attainment=None,
+        slo_attainment=slo_attainment(totals),
         weights_version=live["served"],
         versions=live,
         training={
             name: int(run.get(name) or 0) for name in ("planned", "committed", "published", "checkpoint")
         },
-        warnings=[_DIVERGING] if settings.replicas == "independent" else [],
+        warnings=[
+            *([_DIVERGING] if settings.replicas == "independent" else []),
+            *([_EMULATED] if settings.emulated_profile else []),
+        ],
         training_refused=run.get("refused", ""),
         totals={name: float(value) for name, value in totals.items()},
         metrics=cluster.metrics(),
@@ -171,6 +180,12 @@ def training_tax(totals: Mapping[str, str | float]) -> float:
     """Σ time a ready step waited behind training ÷ Σ (response − that wait), of the items that ended."""
     blocked_s, response_s = float(totals.get("blocked_s", 0)), float(totals.get("response_s", 0))
     return blocked_s / (response_s - blocked_s) if response_s > blocked_s else 0.0
+
+
+def slo_attainment(totals: Mapping[str, str | float]) -> float | None:
+    """Of the requests that had an objective and ended, other than cancelled: the share that kept it."""
+    counted = float(totals.get("slo_counted", 0))
+    return float(totals.get("slo_kept", 0)) / counted if counted else None
 
 
 def busy_shares(

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import structlog
@@ -27,9 +28,11 @@ from lemix.model_folder import ModelFolder, open_model_folder
 from lemix.services import Service, pids
 from lemix_common.broker import Broker, connect, hide_password
 from lemix_common.children import last_reason, start_child, stop_children
+from lemix_common.costs import Profile
 from lemix_common.errors import BadInput, BrokerError, ClusterError, LemixError
 from lemix_common.machine import is_free
 from lemix_common.metrics import PORT_VARIABLE, metrics_address
+from lemix_common.profile_file import read_profile
 from lemix_common.server import RunningBroker, start_broker
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.closing import last_checkpoint
@@ -38,6 +41,8 @@ from lemix_common.store.cluster import Cluster
 log = structlog.get_logger()
 
 STOP_TIMEOUT_S = 10.0
+EMULATED_TOGETHER = 8
+"""Emulated accelerators of one process: they only wait, and torch is loaded once."""
 DEATHS_BEFORE_READY = 4
 """A process that died this often before the cluster was ready won't come up."""
 BAD_INPUT_STATUS = 2
@@ -69,6 +74,7 @@ def supervise(launch: Launch, on_ready: Callable[[RunningCluster], None]) -> Non
     """
     _require_extras()
     _require_possible(launch)
+    emulated = _emulated_profile(launch.settings)
     model = open_model_folder(launch.settings.model, stages=launch.settings.stages)
     held_out = read_held_out(launch.settings.gate_file, model)
     with launch.directory.locked(), _stop_requests() as stop:
@@ -78,7 +84,7 @@ def supervise(launch: Launch, on_ready: Callable[[RunningCluster], None]) -> Non
                 broker = connect(url, launch.cluster, patience_s=0)
                 _require_resumed(broker, model, launch)
                 is_used = is_used or bool(broker.hash(broker.keys.model))
-                supervisor = Supervisor(launch, broker, url, stop)
+                supervisor = Supervisor(launch, broker, url, stop, emulated)
                 try:
                     supervisor.run(model, held_out, ours, on_ready)
                 finally:
@@ -112,6 +118,8 @@ class Supervisor:
     broker: Broker
     url: str
     stop: StopRequests
+    emulated: Profile | None = None
+    """What the workers' accelerators act as, if they compute nothing."""
     services: list[Service] = field(default_factory=list)
     is_ready: bool = False
     _earlier_workers: frozenset[str] = frozenset()
@@ -128,6 +136,8 @@ class Supervisor:
         """Start the children, wait until the cluster can serve, keep them running until asked to stop."""
         cluster = Cluster(self.broker)
         cluster.create(self.launch.settings, model.fields(), model.tokenizer, held_out)
+        if self.emulated is not None:
+            cluster.publish_profile(self.emulated)
         self.launch.directory.remember(self.launch.settings)
         self._earlier_workers = frozenset(cluster.workers())
         now = time.monotonic()
@@ -151,9 +161,16 @@ class Supervisor:
 
     # ---- children
     def _services(self) -> list[Service]:
+        together = EMULATED_TOGETHER if self.emulated is not None else 1
+        slots = [f"worker-{i}" for i in range(self.launch.settings.num_workers)]
         workers = [
-            self._service(f"worker-{i}", 2 + i, "lemix_stage_worker", "--slot", f"worker-{i}")
-            for i in range(self.launch.settings.num_workers)
+            self._service(
+                slots[i],
+                2 + i,
+                "lemix_stage_worker",
+                *(part for slot in slots[i : i + together] for part in ("--slot", slot)),
+            )
+            for i in range(0, len(slots), together)
         ]
         return [
             self._service("coordinator", 0, "lemix_coordinator"),
@@ -255,6 +272,19 @@ def _require_extras() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise BadInput(f"a cluster needs {', '.join(missing)} on this machine: pip install 'lemix[all]'")
+
+
+def _emulated_profile(settings: ClusterSettings) -> Profile | None:
+    """The profile that emulated accelerators act by, read at the border; None where workers compute."""
+    if not settings.emulated_profile:
+        return None
+    profile = read_profile(Path(settings.emulated_profile))
+    if profile.num_stages != settings.stages:
+        raise BadInput(
+            f"the profile {settings.emulated_profile} is of {profile.num_stages} stages, not of {settings.stages}: "
+            "use --stages, or another profile"
+        )
+    return profile
 
 
 def _require_metrics_ports(launch: Launch) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import assert_never
@@ -20,7 +20,7 @@ from lemix_common.errors import BrokerUnreachable, Fenced
 from lemix_common.settings import ClusterSettings
 from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import MAIN_RUN, Cluster
-from lemix_common.store.items import STAGE_0, Items, fence
+from lemix_common.store.items import STAGE_0, Call, Items, fence
 from lemix_common.store.training import Training
 from lemix_common.store.updates import Updates
 from lemix_common.store.versions import Versions
@@ -38,8 +38,9 @@ from lemix_coordinator.commands import (
     StartStep,
 )
 from lemix_coordinator.placement import place
-from lemix_coordinator.policies import place_item, share_step
 from lemix_coordinator.reader import Reader
+from lemix_coordinator.scheduler import Scheduler
+from lemix_coordinator.scheduling.work import Work
 from lemix_coordinator.snapshots import snapshots
 from lemix_coordinator.steps import QueuedExample, plan_next_step, weights_of
 from lemix_coordinator.training import forget, train
@@ -49,6 +50,8 @@ from lemix_coordinator.view import ClusterView, NodeView
 log = structlog.get_logger()
 
 TICK_S = 0.1
+CONSUMER = "coordinator"
+"""Under which leaders read what was submitted, one after the other."""
 LEASE_S = 3.0
 DISPATCH_AT_ONCE = 200
 PLAN_AHEAD = 32
@@ -67,8 +70,6 @@ class Coordinator:
     data_dir: Path
     transitions: Transitions
     sign_of_life: SignOfLife = field(default_factory=SignOfLife)
-    sequence: int = 0
-    """Items dispatched by this leader."""
     epoch: int = 0
     """The leader's epoch; 0 while another leads."""
     view: ClusterView | None = None
@@ -81,6 +82,8 @@ class Coordinator:
     _reclaimed_epochs: tuple[tuple[int, int, bool], ...] = ()
     _enqueued: dict[str, tuple[str, float]] = field(default_factory=dict)
     _retired: set[str] = field(default_factory=set)
+    _waiting: dict[str, tuple[Entry, Work]] = field(default_factory=dict)
+    """By entry, requests that were read and have no node yet, in their order."""
 
     def __post_init__(self) -> None:
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
@@ -88,6 +91,7 @@ class Coordinator:
         self.updates = Updates(self.broker)
         now = self.broker.clock.now()
         self.reader = Reader(self.cluster, self.versions)
+        self.scheduler = Scheduler(self.settings, self.broker)
         self._distrust_silence(now)
 
     def run(self, stop: threading.Event) -> None:
@@ -107,6 +111,8 @@ class Coordinator:
                     break
                 log.info("leading", epoch=epoch)
                 self.epoch, self._looked_back_at = epoch, 0.0
+                self.scheduler.forget()
+                self._waiting.clear()
             try:
                 self.tick()
                 news = self.broker.read(seen, block_s=TICK_S)
@@ -132,6 +138,7 @@ class Coordinator:
             now=now,
             trust_heartbeats=now >= self._trust_heartbeats_at,
         )
+        self.scheduler.look(view, [work for _, work in self._waiting.values()])
         for command in decide(view):
             self.carry_out(command, view)
         self._reclaim(view, now)
@@ -149,19 +156,8 @@ class Coordinator:
             case PlaceNode(node, workers, reason):
                 log.info("node_placed", node=node, workers=workers, reason=reason)
                 self.cluster.place(self.epoch, node, workers)
-            case StartStep(step, members, epochs, reason, goes_on):
-                shards = self.training.step(step).num_shards
-                answer = self.training.start_step(
-                    self.epoch,
-                    step,
-                    weights=weights_of(self.settings, step, base=view.run.base),
-                    members=members,
-                    epochs=epochs,
-                    shard_nodes=share_step(self.settings, members, step, shards=shards),
-                    seen=view.run,
-                    goes_on=goes_on,
-                )
-                log.info("step_started", step=step, members=members, reason=reason, answer=answer)
+            case StartStep():
+                self._start_step(command, view)
             case LoadTraining(step, directory, nodes, epochs, reason):
                 log.info("training_state_loading", step=step, nodes=nodes, reason=reason)
                 self.versions.load_training(
@@ -199,6 +195,25 @@ class Coordinator:
                 self.training.forget_steps(self.epoch, upto)
             case _:
                 assert_never(command)
+
+    def _start_step(self, start: StartStep, view: ClusterView) -> None:
+        """Begin a step on the nodes that the policy chooses, unless it holds it back for now."""
+        shard_nodes = self.scheduler.share(start.step, start.members, view.run)
+        if shard_nodes is None:
+            return
+        answer = self.training.start_step(
+            self.epoch,
+            start.step,
+            weights=weights_of(self.settings, start.step, base=view.run.base),
+            members=start.members,
+            epochs=start.epochs,
+            shard_nodes=shard_nodes,
+            seen=view.run,
+            goes_on=start.goes_on,
+        )
+        if answer == "ok":
+            self.scheduler.started(start.step, shard_nodes)
+        log.info("step_started", step=start.step, members=start.members, reason=start.reason, answer=answer)
 
     def _end_version(self, command: RetireVersion | ClearVersion) -> None:
         match command:
@@ -279,28 +294,50 @@ class Coordinator:
     def _ready(self) -> list[int]:
         return [node.node for node in self.view.nodes if node.is_ready] if self.view else []
 
-    def _next_node(self) -> int | None:
-        target = place_item(self.settings, self._ready(), self.sequence)
-        self.sequence += target is not None
-        return target
-
     def _dispatch(self, *, pending: bool) -> None:
-        """Send submitted items to nodes; without a ready node they stay where they are.
+        """Send submitted items to nodes; without a ready node, or where the policy says so, they wait.
 
-        ``pending``: those that were read before and not dispatched, by a leader that died or was paused in between, or
-        because the broker's reply was lost.
+        ``pending``: those that were read before and not dispatched, by a leader that died or was paused in between,
+        because the broker's reply was lost, or since they wait.
         """
         if self.view is None:
             self.view = self.reader.view(self.settings, now=self.broker.clock.now(), trust_heartbeats=False)
+            self.scheduler.look(self.view)
         if not self._ready():
             return
-        entries = self.items.submitted("coordinator", count=DISPATCH_AT_ONCE, pending=pending)
-        targets = [(entry, self._next_node()) for entry in entries]
-        calls = [self.items.dispatch(self.epoch, entry, node) for entry, node in targets if node is not None]
+        calls = self._take_in_pending() if pending else self._take_in_new()
+        if self._waiting and self.scheduler.policy.uses_state:
+            self.scheduler.refresh()
+        for entry, work in list(self._waiting.values()):
+            if (placed := self.scheduler.place(work)) is not None:
+                calls.append(self.items.dispatch(self.epoch, entry, placed.node, placed.about))
+                del self._waiting[entry.id]
         for answer in self.broker.call_many(calls):
             fence(answer)
-        if entries and pending:
-            self._dispatch(pending=True)
+
+    def _take_in_new(self) -> list[Call]:
+        return self._take_in(self.items.submitted(CONSUMER, count=DISPATCH_AT_ONCE, pending=False), {})
+
+    def _take_in_pending(self) -> list[Call]:
+        """All that has been read and not dispatched, as Redis has it; who waits keeps what is known of it."""
+        calls: list[Call] = []
+        known, self._waiting, last = self._waiting, {}, "0"
+        while entries := self.items.submitted(CONSUMER, count=DISPATCH_AT_ONCE, pending=True, behind=last):
+            calls += self._take_in(entries, known)
+            last = entries[-1].id
+        return calls
+
+    def _take_in(self, entries: Sequence[Entry], known: Mapping[str, tuple[Entry, Work]]) -> list[Call]:
+        """Let them wait for a node; returns the calls that drop those that nobody waits for any more."""
+        works = self.scheduler.queued(entry.fields["item"] for entry in entries)
+        gone = []
+        for entry in entries:
+            work = works.get(entry.fields["item"])
+            if work is None:
+                gone.append(self.items.dispatch(self.epoch, entry, 0))
+            else:
+                self._waiting[entry.id] = known.get(entry.id, (entry, work))
+        return gone
 
     def _reclaim(self, view: ClusterView, now: float) -> None:
         """Send items on that a lost stage 0, or an earlier placement of the node, had taken into work.
@@ -318,15 +355,13 @@ class Coordinator:
                 continue
             held = set(self._held_by_others(node))
             movable = held | (set() if node.is_ready or not self._ready() else entries.keys())
+            moved = [entries[entry] for entry in sorted(movable & entries.keys())]
+            targets = self.scheduler.elsewhere([entry.fields["item"] for entry in moved])
             calls = [
                 self.items.redispatch(
-                    self.epoch,
-                    node.node,
-                    entries[entry],
-                    target=self._next_node(),
-                    reason="its stages were lost",
+                    self.epoch, node.node, entry, target=target, reason="its stages were lost"
                 )
-                for entry in sorted(movable & entries.keys())
+                for entry, target in zip(moved, targets, strict=True)
             ]
             for answer in self.broker.call_many(calls):
                 fence(answer)

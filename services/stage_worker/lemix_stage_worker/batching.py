@@ -149,6 +149,11 @@ class Iteration:
         """Of all rows."""
         return sum(row.length for row in self.rows)
 
+    @property
+    def contexts(self) -> int:
+        """Σ(length · context) of its rows: their tokens times what is known after them."""
+        return sum(row.length * (row.start + row.length) for row in self.rows)
+
 
 @dataclass
 class Batcher:

@@ -19,6 +19,7 @@ import torch.utils.deterministic
 
 from lemix_common.errors import SettingsError
 from lemix_common.machine import memory_limit_bytes, resident_bytes
+from lemix_common.settings import EMULATED
 
 CPU: Final = torch.device("cpu")
 ENVIRONMENT: Final[Mapping[str, str]] = {
@@ -34,8 +35,10 @@ def choose_device(asked: str, slot: str) -> torch.device:
 
     ``cuda`` deals the machine's GPUs out to the slots by their numbers; ``auto`` does so where there are any.
     """
-    num_gpus = torch.cuda.device_count() if asked != "cpu" and torch.cuda.is_available() else 0
-    if asked == "cpu" or (asked == "auto" and not num_gpus):
+    if asked == "cpu" or asked.startswith(EMULATED):
+        return CPU
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "auto" and not num_gpus:
         return CPU
     if not num_gpus:
         raise SettingsError(

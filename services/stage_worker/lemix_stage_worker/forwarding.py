@@ -153,6 +153,8 @@ class Forwarding:
             self.around.send(host, 0, told)
 
         known = [host.opened[number].item for number in frame.numbers if number in host.opened]
+        rows = zip(frame.starts, frame.lengths, strict=True)
+        contexts = sum(length * (start + length) for start, length in rows)
         self.around.schedule(
             Task(
                 urgency=Urgency.DECODE if 1 in frame.lengths else Urgency.PREFILL,
@@ -163,7 +165,9 @@ class Forwarding:
                 ready_at=arrived.at,
                 run=run,
                 failed=failed,
-                batch=Batch([(item, arrived.at) for item in known], frame.version, sum(frame.lengths)),
+                batch=Batch(
+                    [(item, arrived.at) for item in known], frame.version, sum(frame.lengths), contexts
+                ),
             )
         )
 

@@ -13,7 +13,6 @@ import structlog
 from lemix_common.errors import BrokerUnreachable
 from lemix_common.sign_of_life import SignOfLife
 from lemix_common.store.cluster import Cluster
-from lemix_stage_worker.device import used_memory_bytes
 from lemix_stage_worker.worker import Worker
 
 log = structlog.get_logger()
@@ -60,7 +59,7 @@ class Heartbeat:
             self.worker.name,
             self.worker.progress,
             expiry_s=self.expiry_s,
-            memory_used_bytes=used_memory_bytes(self.worker.source.device),
+            memory_used_bytes=self.worker.memory_used_bytes,
             links=", ".join(f"{peer} {way}" for peer, way in sorted(ways.items())),
         )
 

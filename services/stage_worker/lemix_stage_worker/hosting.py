@@ -324,17 +324,6 @@ class Hosting:
                 host.training = state
                 self.owner.training_at(host, state.step)
 
-        def load() -> TrainingState:
-            state = load_training(
-                self.source,
-                host.template,
-                notice.directory,
-                Version(notice.lineage, notice.step),
-                overlaps=self.settings.overlaps_steps,
-            )
-            self._tell_memory(state, host.node, host.stage)
-            return state
-
         def failed(error: Exception) -> None:
             log.error("training_refused", node=host.node, stage=host.stage, reason=str(error))
 
@@ -347,7 +336,18 @@ class Hosting:
             else:  # the files went, since there is a newer checkpoint, or the disk
                 self.background.failure = error
 
-        self.background.do(load, loaded, failed)
+        self.background.do(lambda: self._load_state(host, notice), loaded, failed)
+
+    def _load_state(self, host: HostedStage, notice: LoadTraining) -> TrainingState:
+        state = load_training(
+            self.source,
+            host.template,
+            notice.directory,
+            Version(notice.lineage, notice.step),
+            overlaps=self.settings.overlaps_steps,
+        )
+        self._tell_memory(state, host.node, host.stage)
+        return state
 
     def _tell_memory(self, state: TrainingState, node: int, stage: int) -> None:
         """Say what training will take on a stage, with microbatches as long as they may be, before it takes it."""

@@ -36,6 +36,7 @@ from lemix_stage_worker.layer_passes import HeadPass, LayerPass
 from lemix_stage_worker.ready_queue import Task, Urgency
 from lemix_stage_worker.step_work import Example, MicrobatchPass, Returned, Row, StepWork
 from lemix_stage_worker.tensors import copy_on, on_device
+from lemix_stage_worker.trained_weights import Weights
 
 log = structlog.get_logger()
 
@@ -262,7 +263,17 @@ class Learner:
         elif (returned := work.returned.get(piece.microbatch)) is not None:
             at = returned.at
         name = f"{work.notice.run}:{piece.step}:{piece.microbatch}"
-        self._schedule(URGENCY[piece.work], work, name, run, at, rank=piece.rank)
+        self._schedule(URGENCY[piece.work], work, name, run, at, piece=piece)
+
+    def _lengths(self, piece: Piece, work: StepWork) -> tuple[int, ...]:
+        """The tokens of each example, where the piece is a whole pass."""
+        match piece.work:
+            case Work.FORWARD:
+                return work.rows[piece.microbatch].lengths
+            case Work.BACKWARD:
+                return work.passes[piece.microbatch].row.lengths
+            case _:
+                return ()
 
     def _compute(self, piece: Piece, work: StepWork) -> Iterator[None]:
         if not self._is_current(work):
@@ -282,11 +293,7 @@ class Learner:
     def _forward(self, work: StepWork, microbatch: int) -> Iterator[None]:
         assert work.weights is not None
         host, row = self.host, work.rows.pop(microbatch)
-        layers = LayerPass(
-            work.weights.parts,
-            row.lengths,
-            recompute=self.settings.recompute,
-        )
+        layers = self.layers_for(work.weights, row)
         yield from layers.forward(on_device(row.source, host.device))
         work.passes[microbatch] = MicrobatchPass(row, layers)
         if not host.is_last:
@@ -320,7 +327,7 @@ class Learner:
     def _head(self, work: StepWork, microbatch: int, held: MicrobatchPass) -> Iterator[None]:
         assert work.weights is not None
         assert work.planned is not None
-        held.head = HeadPass(work.weights.model, held.layers.output, held.row.lengths)
+        held.head = self.head_for(work.weights, held)
         targets_BT = on_device(held.row.targets_BT, self.host.device)
         yield from held.head.run(targets_BT, work.planned.reference_tokens)
         work.note_losses(microbatch, held.head.losses)
@@ -358,6 +365,15 @@ class Learner:
         if self.host.training is not None:
             self.host.training.drop_gradients()
 
+    # ---- what computes: an emulated stage has others
+    def layers_for(self, weights: Weights, row: Row) -> LayerPass:
+        """A microbatch's way through the layers."""
+        return LayerPass(weights.parts, row.lengths, recompute=self.settings.recompute)
+
+    def head_for(self, weights: Weights, held: MicrobatchPass) -> HeadPass:
+        """Its way through the head."""
+        return HeadPass(weights.model, held.layers.output, held.row.lengths)
+
     # ---- small parts
     def _is_current(self, work: StepWork) -> bool:
         return self.steps.get(work.notice.step) is work
@@ -373,7 +389,7 @@ class Learner:
         run: Callable[[], Iterator[None]],
         at: float,
         *,
-        rank: int = 0,
+        piece: Piece | None = None,
     ) -> None:
         def failed(error: Exception) -> None:
             log.error(
@@ -391,6 +407,7 @@ class Learner:
                 ready_at=at,
                 run=run,
                 failed=failed,
-                rank=rank,
+                rank=piece.rank if piece else 0,
+                lengths=self._lengths(piece, work) if piece else (),
             )
         )

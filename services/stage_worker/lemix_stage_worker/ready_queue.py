@@ -41,6 +41,8 @@ class Batch:
     """With the time since when each could have been computed on."""
     version: str = ""
     num_tokens: int = 0
+    contexts: int = 0
+    """Σ(length · context) of its rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,8 @@ class Task:
     failed: Callable[[Exception], None]
     batch: Batch | None = None
     """Of a serving step, all its items."""
+    lengths: tuple[int, ...] = ()
+    """Of a whole pass over a training microbatch, its examples' tokens."""
     rank: int = 0
     """Its place in the schedule, where that orders the passes of several stages of this worker: before urgency."""
 

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 SPANS_EVERY_S = 0.25
 SPANS_AT_MOST = 500
-_LEFT_OUT_IF_EMPTY = ("others", "more", "tokens", "waits")
+_LEFT_OUT_IF_EMPTY = ("others", "more", "tokens", "contexts", "waits")
 
 _SPANS = Lua(
     "report_spans",
@@ -62,7 +62,9 @@ class Span:
     more: int = 0
     """How many items more it was done for."""
     tokens: int = 0
-    """Of an iteration."""
+    """Of an iteration, or of a training microbatch whose pass was not interrupted."""
+    contexts: int = 0
+    """Σ(length · context) of their sequences: with the tokens, what a profile predicts by."""
     waits: Mapping[str, float] = field(default_factory=dict)
     """How long each of its items waited so, of those that did."""
 

@@ -184,6 +184,7 @@ class Serving:
                 return
             begun.append(iteration.number)
             batch.version, batch.num_tokens = iteration.version, iteration.num_tokens
+            batch.contexts = iteration.contexts
             batch.items += [
                 (node.by_number[row.member.number].started.item, max(row.ready_at, can_run_at))
                 for row in iteration.rows

@@ -55,7 +55,7 @@ from lemix_common.store.updates import Updates
 from lemix_common.store.versions import Versions
 from lemix_stage_worker.background import Background
 from lemix_stage_worker.decoding import lazy_decoder
-from lemix_stage_worker.device import wait_for
+from lemix_stage_worker.device import used_memory_bytes, wait_for
 from lemix_stage_worker.forwarding import Arrived, Forwarding
 from lemix_stage_worker.hosted_stage import HostedStage, stage_of
 from lemix_stage_worker.hosting import Hosting, Position
@@ -115,7 +115,7 @@ class Worker:
         self.tenancy = Tenancy(self.settings.min_training_share, self.settings.max_block_ms / 1000)
         self.cluster, self.items = Cluster(self.broker), Items(self.broker)
         self.training, self.versions = Training(self.broker, MAIN_RUN), Versions(self.broker)
-        self.forwarding = Forwarding(self)
+        self.forwarding = self.make_forwarding()
         self.serving = Serving(
             self.items,
             Updates(self.broker),
@@ -126,7 +126,17 @@ class Worker:
             lazy_decoder(self.cluster.tokenizer),
         )
         self.background = Background(self.inbox)
-        self.hosting = Hosting(
+        self.hosting = self.make_hosting()
+        self.stop_ids = self.source.eos_ids
+
+    # ---- what computes: an emulated worker has others
+    def make_forwarding(self) -> Forwarding:
+        """What computes iterations."""
+        return Forwarding(self)
+
+    def make_hosting(self) -> Hosting:
+        """What builds stages."""
+        return Hosting(
             name=self.name,
             broker=self.broker,
             settings=self.settings,
@@ -137,7 +147,15 @@ class Worker:
             background=self.background,
             owner=self,
         )
-        self.stop_ids = self.source.eos_ids
+
+    def make_learner(self, host: HostedStage) -> Learner:
+        """What trains a stage."""
+        return Learner(host, self.settings, self, self.now)
+
+    @property
+    def memory_used_bytes(self) -> int:
+        """Of the accelerator."""
+        return used_memory_bytes(self.source.device)
 
     # ---- the loop
     def run(self, stop: threading.Event) -> None:
@@ -174,6 +192,7 @@ class Worker:
     def _compute(self, step: Step) -> None:
         """Run a step to its end, or to a safepoint at which it must give way."""
         start = now = self.now()
+        is_begun = step.rest is not None
         while True:
             self._advance(step)
             self.progress += 1
@@ -189,7 +208,7 @@ class Worker:
             if self.ready.must_give_way(step) and not self.tenancy.is_training_due:
                 self.ready.put_back(step)
                 break
-        self._note(step.task, start, now)
+        self._note(step.task, start, now, is_whole=step.is_done and not is_begun)
 
     def _advance(self, step: Step) -> None:
         self.busy_since = began = time.monotonic()
@@ -202,12 +221,13 @@ class Worker:
         self.busy_since = None
         self.longest_step_s = max(self.longest_step_s, time.monotonic() - began)
 
-    def _note(self, task: Task, start: float, end: float) -> None:
+    def _note(self, task: Task, start: float, end: float, *, is_whole: bool) -> None:
         batch = task.batch
         items = batch.items if batch else [(task.item, start if task.is_training else task.ready_at)]
         if not items:
             return  # there was nothing to plan
         waits = {item: waited for item, at in items if (waited := self.tenancy.blocked_s(at, start)) > 0}
+        lengths = task.lengths if is_whole else ()
         self.reporter.span(
             Span(
                 node=task.node,
@@ -218,7 +238,8 @@ class Worker:
                 others=tuple(item for item, _ in items[1:NAMED_IN_SPAN]),
                 more=max(0, len(items) - NAMED_IN_SPAN),
                 version=batch.version if batch else task.version,
-                tokens=batch.num_tokens if batch else 0,
+                tokens=batch.num_tokens if batch else sum(lengths),
+                contexts=batch.contexts if batch else sum(length * length for length in lengths),
                 start=start,
                 end=end,
                 blocked_s=max(waits.values(), default=0.0),
@@ -351,7 +372,7 @@ class Worker:
 
     def stage_built(self, host: HostedStage) -> None:
         """It can learn from now on."""
-        self.learners[host.node, host.stage] = Learner(host, self.settings, self, self.now)
+        self.learners[host.node, host.stage] = self.make_learner(host)
 
     def stage_gone(self, position: Position) -> None:
         """Its steps are another worker's."""

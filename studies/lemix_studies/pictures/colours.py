@@ -25,3 +25,16 @@ FILLS: Mapping[str, str] = {
     "optimizer": CHARCOAL,
 }
 OUTLINES: Mapping[str, str] = {"idle_serving": ORCHID, "idle_pipeline": RED}
+
+BLACK = "#000000"
+LINES: Mapping[str, str] = {
+    "separate": "#D55E00",
+    "separate-dynamic": "#A8780A",
+    "naive-mix": "#0072B2",
+    "random": "#8A8A8A",
+    "luf": "#009E73",
+    "jsq": "#56B4E9",
+    "lemix-prototype": "#B565C9",
+    "lemix-paper": "#E8436E",
+}
+"""Policies other than ours, whose lines are black (after Okabe and Ito); markers and dashes tell them apart too."""

@@ -46,6 +46,13 @@ _LEGEND = {
 
 def timeline_picture(recording: Recording, window: Interval, *, form: Format = "png") -> bytes:
     """The bytes of a picture of the recording's stages in a window of time."""
+    with house_style():
+        figure, _ = timeline_figure(recording, window)
+        return rendered(figure, form)
+
+
+def timeline_figure(recording: Recording, window: Interval) -> tuple[Figure, dict[int, Axes]]:
+    """The same to draw more upon, in house style: the figure, and each node's axes, where stages are rows from 0."""
     stages_of: dict[int, list[int]] = {}
     for node, stage in recording.positions:
         stages_of.setdefault(node, []).append(stage)
@@ -54,18 +61,17 @@ def timeline_picture(recording: Recording, window: Interval, *, form: Format = "
         title = f"{title} · {len(nodes)} of {len(stages_of)} nodes".removeprefix(" · ")
     shown = [piece for piece in recording.pieces if piece.start < window[1] and piece.end > window[0]]
     names = item_numbers(shown)
-    with house_style():
-        figure, panels = _panels([len(stages_of[node]) for node in nodes])
-        for node, axes in zip(nodes, panels, strict=True):
-            stages = stages_of[node]
-            seen = [piece for piece in shown if piece.node == node]
-            role = role_of(piece for piece in recording.pieces if piece.node == node)
-            _frame(axes, stages, window, is_last=axes is panels[-1])
-            _name(axes, f"node {node}", role, _in_words(shares_of(seen, window, len(stages))))
-            _draw(axes, seen, stages, window, names)
-        panels[-1].set_xlabel(recording.clock)
-        _legend(figure, title)
-        return rendered(figure, form)
+    figure, panels = _panels([len(stages_of[node]) for node in nodes])
+    for node, axes in zip(nodes, panels, strict=True):
+        stages = stages_of[node]
+        seen = [piece for piece in shown if piece.node == node]
+        role = role_of(piece for piece in recording.pieces if piece.node == node)
+        _frame(axes, stages, window, is_last=axes is panels[-1])
+        _name(axes, f"node {node}", role, _in_words(shares_of(seen, window, len(stages))))
+        _draw(axes, seen, stages, window, names)
+    panels[-1].set_xlabel(recording.clock)
+    _legend(figure, title)
+    return figure, dict(zip(nodes, panels, strict=True))
 
 
 def _panels(nums_rows: Sequence[int]) -> tuple[Figure, list[Axes]]:

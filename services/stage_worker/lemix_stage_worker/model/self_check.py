@@ -204,7 +204,7 @@ def _in_chunks(stages: Sequence[StageModel], ids_BT: Tensor) -> Tensor:
         ]
         ids_T = ids_BT[:, chunk.start : chunk.stop].flatten()
         logits_TV = run_stages_paged(stages, caches, ids_T, rows, _VERSION)
-        return logits_TV.unflatten(0, (len(_BLOCKS), len(chunk)))
+        return logits_TV.view(len(_BLOCKS), len(chunk), -1)
 
     return torch.cat([logits_of(chunk) for chunk in _CHUNKS], dim=1)
 

@@ -1,0 +1,73 @@
+"""What work costs on each stage of a model's pipeline: the fitted line behind every prediction.
+
+Seconds (and bytes) = base + token · tokens + context · Σ(length · context), the sum over the sequences of a pass: their
+tokens times what these attend to. Of whole sequences that is Σ length²; of a decode iteration, a token a row, the sum
+of the rows' contexts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """A line over tokens and contexts; seconds or bytes."""
+
+    base: float = 0.0
+    token: float = 0.0
+    context: float = 0.0
+
+    def of(self, tokens: float, contexts: float = 0.0) -> float:
+        """What a pass of so many tokens costs whose Σ(length · context) is ``contexts``."""
+        return self.base + self.token * tokens + self.context * contexts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCosts:
+    """One stage on one accelerator."""
+
+    forward: Cost
+    """Seconds of a forward over whole sequences: a prompt, a score, a training microbatch."""
+    training_forward: Cost | None = None
+    """Seconds of a training microbatch's, where that was measured apart: it keeps what its backward needs."""
+    backward: Cost
+    """Seconds of a training microbatch's backward."""
+    decode: Cost
+    """Seconds of a decode iteration; its tokens are its rows."""
+    optimizer_s: float
+    """Seconds of an optimizer step."""
+    activation_bytes: Cost
+    """Of a training microbatch, from its forward to its backward."""
+    kv_token_bytes: float
+    weight_bytes: int
+    training_bytes: int
+    """Gradients and optimizer state, beside the weights."""
+
+    def forward_of(self, *, is_training: bool) -> Cost:
+        """The line of a request's forward, or of a training microbatch's."""
+        return (self.training_forward if is_training else None) or self.forward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A model's pipeline on one kind of accelerator."""
+
+    model: str
+    device: str
+    source: Literal["measured", "roofline"]
+    stages: tuple[StageCosts, ...]
+    hop: Cost
+    """Seconds of a message with the activations of so many tokens to the next stage."""
+    memory_bytes: int
+    """Of one accelerator."""
+    load_s: float
+    """From a node that holds nothing to one that serves."""
+    held_out_error: Mapping[str, float] = field(default_factory=dict)
+    """By kind of work: the median relative error of what wasn't fitted to; of measured profiles only."""
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.stages)
