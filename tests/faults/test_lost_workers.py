@@ -6,17 +6,19 @@ The cluster is in this process; killed parts fall silent as after SIGKILL (see `
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from _pytest.mark import ParameterSet
+from torch import Tensor
 
 from clusters import COORDINATOR, InProcessCluster, committed, fresh_broker, in_process_cluster
 from faults.scenario import Load, notices, small_settings
 from lemix_common.clock import wait_until
+from lemix_common.messages import Frame
 from lemix_common.server import RunningBroker
 from lemix_common.store.cluster import Cluster
 from lemix_stage_worker import hosting
@@ -180,8 +182,10 @@ def test_a_link_breaks_between_two_living_workers(start: Start, undisturbed: str
         assert _fingerprints(cluster) == {undisturbed}
 
 
-def test_a_link_breaks_while_nobody_leads(start: Start, undisturbed: str) -> None:
-    """The next coordinator finds it in the node's hash."""
+def test_a_link_breaks_while_nobody_leads(
+    start: Start, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next coordinator finds it in the node's hash; until then nothing is computed on what was lost."""
     with start(stages=2) as (cluster, load):
         load.serve()
         load.train()
@@ -192,8 +196,17 @@ def test_a_link_breaks_while_nobody_leads(start: Start, undisturbed: str) -> Non
         for channel in list(worker.links._channels.values()):
             channel.close()
         wait_until(lambda: notices(cluster.broker, "LinkLost") != [], what="the loss is noted", timeout_s=10)
+        sent: list[int] = []
+        send = worker.links.send
+
+        def noted(peer: str, reach: str, frame: Frame, tensors: Sequence[Tensor] = ()) -> bool:
+            sent.append(frame.epoch)
+            return send(peer, reach, frame, tensors)
+
+        monkeypatch.setattr(worker.links, "send", noted)
         load.settle()
         load.check()
+        assert 1 not in sent, "of the placement whose link broke"
         assert _fingerprints(cluster) == {undisturbed}
 
 

@@ -82,6 +82,8 @@ class Hosting:
     neighbours: dict[int, Neighbourhood] = field(default_factory=dict)
     """Of every node, as last read."""
     pullers: dict[int, Puller] = field(default_factory=dict)
+    _lost: dict[int, int] = field(default_factory=dict)
+    """By node, the last epoch in which messages were lost."""
     _building: set[Position] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -112,7 +114,12 @@ class Hosting:
 
     def link_lost(self, node: int, epoch: int, peer: str) -> None:
         """Have a node start afresh, unless it has done so since ``epoch``."""
+        self._lost[node] = max(epoch, self._lost.get(node, epoch))
         self.background.do(lambda: self.cluster.link_lost(node, epoch, peer))
+
+    def is_lost(self, node: int, epoch: int) -> bool:
+        """Whether messages of this epoch were lost: what comes after them stands on what isn't there."""
+        return epoch <= self._lost.get(node, epoch - 1)
 
     def each_first_stage(self, act: Callable[[HostedStage], None]) -> None:
         """Do something with each stage 0 here."""

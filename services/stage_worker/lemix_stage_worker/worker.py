@@ -269,8 +269,8 @@ class Worker:
         known = self.hosting.neighbours.get(frame.node)
         if known is None or frame.epoch > known.epoch or (host is not None and frame.epoch > host.epoch):
             self._held.append(arrived)  # the notice of that placement is on its way
-        elif host is None or frame.epoch < host.epoch:
-            arrived.release()  # sent under an older placement
+        elif host is None or frame.epoch < host.epoch or self.hosting.is_lost(frame.node, frame.epoch):
+            arrived.release()  # sent under an older placement, or behind what was lost
         elif arrived.peer not in self.hosting.peers():
             log.warning("stranger_refused", peer=arrived.peer, frame=type(frame).__name__)
             arrived.release()
@@ -387,7 +387,9 @@ class Worker:
 
     # ---- what serving and training ask for
     def send(self, host: HostedStage, stage: int, frame: Frame, tensors: Sequence[Tensor] = ()) -> None:
-        """To another stage of the host's node."""
+        """To another stage of the host's node, unless it starts afresh."""
+        if self.hosting.is_lost(host.node, host.epoch):
+            return
         worker, address = self.hosting.neighbours[host.node].hosts[stage]
         if not self.links.send(worker, address, frame, tensors):
             self.hosting.link_lost(host.node, host.epoch, worker)
