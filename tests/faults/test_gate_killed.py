@@ -15,7 +15,7 @@ from lemix_common.store.versions import Versions
 from mortality import KillPoint
 from rollback_scene import arm, learning
 
-QUICK = {KillPoint("hold_back", "after"), KillPoint("complete", "before")}
+QUICK = {KillPoint("hold_back", "after")}
 """These run everywhere; all others with the slow tests."""
 POINTS = [
     pytest.param(who, point, marks=[] if point in QUICK else [pytest.mark.slow], id=f"{who}-{point}")

@@ -301,9 +301,7 @@ QUICK = {
     KillPoint("complete", "before", 4),
     KillPoint("dispatch", "after", 3),
     KillPoint("gradients_ready", "after", 3),
-    KillPoint("publish_version", "after"),
     KillPoint("shard_written", "before"),
-    KillPoint("start", "after", 2),
 }
 """These run everywhere; all others with the slow tests."""
 

@@ -18,7 +18,6 @@ from rollback_scene import arm, learning
 
 QUICK = {
     KillPoint("begin_rollback", "after"),
-    KillPoint("publish_version", "after"),
     KillPoint("version_prepared", "before"),
 }
 """These run everywhere; all others with the slow tests."""

@@ -67,7 +67,7 @@ def loss_of(client: Client) -> float:
     return sum(-logprob for score in scores for logprob in score.logprobs) / 4
 
 
-@pytest.mark.parametrize(("nodes", "stages"), [(1, 2), (2, 1)])
+@pytest.mark.parametrize(("nodes", "stages"), [pytest.param(1, 2, marks=pytest.mark.slow), (2, 1)])
 def test_a_worse_version_is_trained_on_and_not_served(
     server: RunningBroker, folder: Path, held_out: Path, nodes: int, stages: int
 ) -> None:

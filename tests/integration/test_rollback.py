@@ -74,8 +74,11 @@ def test_the_model_itself_can_be_gone_back_to(folder: Path, server: RunningBroke
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"dtype": "bfloat16"}, {"schedule": "a-pp", "step_examples": 2}],
-    ids=["float32", "bfloat16", "a-pp"],
+    [
+        pytest.param({}, id="float32", marks=pytest.mark.slow),
+        pytest.param({"dtype": "bfloat16"}, id="bfloat16"),
+        pytest.param({"schedule": "a-pp", "step_examples": 2}, id="a-pp"),
+    ],
 )
 def test_a_cluster_goes_on_from_what_it_had_gone_back_to(
     folder: Path, server: RunningBroker, tmp_path: Path, settings: dict[str, object]

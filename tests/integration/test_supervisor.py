@@ -163,6 +163,7 @@ def test_a_second_request_skips_the_last_checkpoint(
     broker.client.close()
 
 
+@pytest.mark.slow
 def test_clusters_share_a_given_broker(
     settings: ClusterSettings, directory: DataDir, server: RunningBroker
 ) -> None:

@@ -55,7 +55,7 @@ def cluster_of(
         pytest.param({"nodes": 1, "stages": 1}, marks=pytest.mark.slow),
         {"nodes": 1, "stages": 2},
         pytest.param({"nodes": 2, "stages": 2}, marks=pytest.mark.slow),
-        {"nodes": 1, "stages": 2, "microbatches": 1},
+        pytest.param({"nodes": 1, "stages": 2, "microbatches": 1}, marks=pytest.mark.slow),
         {"nodes": 2, "stages": 2, "microbatch_tokens": 8},
     ],
     ids=lambda shape: " ".join(f"{value} {name}" for name, value in shape.items()),

@@ -28,12 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("name", "stages"),
     [
-        ("llama", 1),
+        pytest.param("llama", 1, marks=pytest.mark.slow),
         pytest.param("llama", 2, marks=pytest.mark.slow),
         ("llama", 3),
         pytest.param("gpt2", 2, marks=pytest.mark.slow),
         pytest.param("stories260K-hf", 1, marks=pytest.mark.data),
-        pytest.param("stories260K-hf", 3, marks=pytest.mark.data),
+        pytest.param("stories260K-hf", 3, marks=[pytest.mark.data, pytest.mark.slow]),
     ],
 )
 def test_a_running_request_finishes_or_goes_on_as_it_asked(
