@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+from lemix_common.costs import Cost, Profile, StageCosts
 from lemix_coordinator.scheduling.cluster_state import ClusterState
-from lemix_coordinator.scheduling.costs import Cost, Profile, StageCosts
 from lemix_coordinator.scheduling.policies import Policy
 from lemix_coordinator.scheduling.work import Work, WorkKind
 

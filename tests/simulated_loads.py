@@ -6,8 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lemix_common.costs import Cost, Profile, StageCosts
 from lemix_coordinator.scheduling.cluster_state import ClusterState
-from lemix_coordinator.scheduling.costs import Cost, Profile, StageCosts
 from lemix_coordinator.scheduling.work import Decision, Resize, Work, WorkKind
 
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lemix.cli.errors import clear_errors
+from lemix_common.costs import Profile
 from lemix_common.errors import BadInput
 from lemix_common.logs import configure_logs
-from lemix_coordinator.scheduling.costs import Profile
 from lemix_studies.accelerators import MODELS, profile_of
 from lemix_studies.traces import read_trace
 from lemix_studies.wording import duration, share

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+from lemix_common.costs import Profile
 from lemix_common.errors import BadInput
-from lemix_coordinator.scheduling.costs import Profile
 from lemix_coordinator.scheduling.policies import POLICY_NAMES, PolicyOptions, make_policy
 from lemix_coordinator.scheduling.work import Work
 from lemix_studies.measures import GOODPUT_FACTOR, percentiles

@@ -7,9 +7,9 @@ from statistics import fmean
 
 import pytest
 
+from lemix_common.costs import Cost
 from lemix_common.errors import BadInput
 from lemix_coordinator.scheduling.cluster_state import ClusterState
-from lemix_coordinator.scheduling.costs import Cost
 from lemix_coordinator.scheduling.prediction import trace
 from lemix_coordinator.scheduling.work import Decision, Resize, Work
 from lemix_studies.simulator import Interval, Outcome, Scenario, measures, simulate, slo_base_s

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 
-from lemix_coordinator.scheduling.costs import Cost
+from lemix_common.costs import Cost
 from lemix_studies.simulator import Scenario, simulate
 from lemix_studies.simulator.bounds import Dealt, makespan_bound_s, oracle
 from lemix_studies.simulator.scenario import MicrobatchSchedule, Release

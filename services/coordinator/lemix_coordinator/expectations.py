@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from lemix_coordinator.scheduling.cluster_state import ClusterState, decoded_contexts
+from lemix_coordinator.scheduling.cluster_state import ClusterState
 from lemix_coordinator.scheduling.pass_times import pass_times
 from lemix_coordinator.scheduling.work import Work
 
@@ -37,7 +37,7 @@ class IdleTimes:
         generations, itl_s, response_s = self.num_generations, self.itl_s, forward_s
         if work.kind == "generate":
             each = cluster.iteration
-            alone_s = each.base_s + each.row_s + each.context_s * decoded_contexts(work)
+            alone_s = each.base_s + each.row_s + each.context_s * work.decoded_contexts
             generations += 1
             itl_s += (alone_s - itl_s) / generations
             response_s += alone_s * max(0, work.new_tokens - 1)

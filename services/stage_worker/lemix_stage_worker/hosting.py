@@ -206,12 +206,14 @@ class Hosting:
             template=template,
             versions=served,
             training=training,
-            num_blocks=num_kv_blocks(
-                self.source,
-                self.layers,
-                max_running=self.settings.max_running,
-                kv_bytes=self.settings.kv_bytes,
-            ),
+            num_blocks=self._num_blocks(),
+        )
+
+    def _num_blocks(self) -> int:
+        """Of the key-value cache of each stage."""
+        settings = self.settings
+        return num_kv_blocks(
+            self.source, self.layers, max_running=settings.max_running, kv_bytes=settings.kv_bytes
         )
 
     def _pack(self, host: HostedStage) -> None:

@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from lemix_common.costs import Cost, Profile, StageCosts
 from lemix_common.errors import BadInput, ModelError
 from lemix_common.partition import cut_layers
-from lemix_coordinator.scheduling.costs import Cost, Profile, StageCosts
 from lemix_studies.accelerators.devices import DEVICES, Device
 from lemix_studies.accelerators.models import MODELS, Model
 

@@ -70,22 +70,24 @@ def run_live(
     *,
     on: str,
     model: str | None,
-    report: Path,
+    report: Path | None = None,
     sources: Sources | None = None,
     slowdown: float | None = None,
 ) -> dict[str, object]:
-    """Start a cluster, replay the point's arrivals, stop it; the measures, and a report in a folder.
+    """Start a cluster, replay the point's arrivals, stop it; the measures, and a report in a folder if one is given.
 
     ``model``: the folder of the model that computes; with emulated accelerators a stand-in is made if there is none.
     ``slowdown``: of emulated accelerators; None: as much as short requests need. `BadInput` for what can't be run so.
     """
     with _folder() as folder:
         plan = plan_live(point, on=on, model=model, folder=folder, sources=sources, slowdown=slowdown)
-        report.mkdir(parents=True, exist_ok=True)
-        outcome = trained_when_committed(_replay(plan, folder / "data", report))
-    options = WorkloadOptions(seed=point.setting.seed, time_scale=plan.slowdown)
-    summary = summary_of(outcome, options, report) | _of_spans(outcome)
-    write_report(report, outcome, summary, command=f"lemix study {point.setting.study}")
+        directory = report or folder / "report"
+        directory.mkdir(parents=True, exist_ok=True)
+        outcome = trained_when_committed(_replay(plan, folder / "data", directory))
+        options = WorkloadOptions(seed=point.setting.seed, time_scale=plan.slowdown)
+        summary = summary_of(outcome, options, directory) | _of_spans(outcome)
+        if report is not None:
+            write_report(report, outcome, summary, command=f"lemix study {point.setting.study}")
     return in_its_time(summary, plan.slowdown)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lemix_studies.experiments.live import On, run_live
@@ -22,14 +20,7 @@ class ClusterRunner:
 
     def run(self, point: Point) -> Mapping[str, Any]:
         """See `Runner`."""
-        with tempfile.TemporaryDirectory(prefix="lemix-study-") as report:
-            measures = run_live(
-                point,
-                on=self.on,
-                model=self.sources.model_folder,
-                report=Path(report),
-                sources=self.sources,
-            )
+        measures = run_live(point, on=self.on, model=self.sources.model_folder, sources=self.sources)
         return measures | {"nodes_used": measures["active_nodes"]}
 
     def close_up(self, point: Point) -> None:

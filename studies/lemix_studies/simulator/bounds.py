@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from heapq import nsmallest
 from typing import Final
 
+from lemix_common.costs import Profile
 from lemix_common.errors import BadInput
 from lemix_common.schedules import Action, schedule_named
 from lemix_common.schedules import Work as Pass
 from lemix_common.schedules import simulate as time_of
 from lemix_coordinator.scheduling.cluster_state import ClusterState
-from lemix_coordinator.scheduling.costs import Profile
 from lemix_coordinator.scheduling.work import Decision, Resize, Work
 from lemix_studies.simulator.engine import simulate
 from lemix_studies.simulator.jobs import microbatches_of

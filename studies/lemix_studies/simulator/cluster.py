@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-from lemix_coordinator.scheduling.costs import StageCosts
+from lemix_common.costs import StageCosts
 from lemix_studies.simulator.jobs import GenerationJob, Iteration, Job
 from lemix_studies.simulator.tenancy import Credit
 

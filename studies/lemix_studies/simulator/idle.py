@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from lemix_coordinator.scheduling.costs import Profile
+from lemix_common.costs import Profile
 from lemix_coordinator.scheduling.work import Work
 from lemix_studies.measures import IdleTimes
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from lemix_common.costs import Profile
 from lemix_common.partition import cut_layers
 from lemix_common.schedules import Work as Pass
 from lemix_common.schedules import held_by_stage, schedule_named
-from lemix_coordinator.scheduling.costs import Profile
 from lemix_coordinator.scheduling.work import Work
 
 Step = tuple[bool, int]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lemix_common.costs import Profile
 from lemix_common.errors import BadInput
-from lemix_coordinator.scheduling.costs import Profile
 from lemix_coordinator.scheduling.policies.policy import Policy
 from lemix_coordinator.scheduling.work import Work, WorkKind
 from lemix_studies.measures import IdleTimes

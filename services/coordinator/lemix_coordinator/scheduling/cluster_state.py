@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from lemix_common.costs import Profile
 from lemix_coordinator.scheduling.columns import Columns, Floats, columns_of
-from lemix_coordinator.scheduling.costs import Profile
 from lemix_coordinator.scheduling.node_state import (
     NodeState,
     after_backward,
@@ -215,7 +215,7 @@ class ClusterState:
         if work.new_tokens <= 1:
             return 0.0
         rows = float(self.facts_FN[ROWS, node]) + len(work.lengths)
-        contexts = float(self.facts_FN[CONTEXTS, node]) + decoded_contexts(work)
+        contexts = float(self.facts_FN[CONTEXTS, node]) + work.decoded_contexts
         each = self.iteration
         return (work.new_tokens - 1) * (each.base_s + each.row_s * rows + each.context_s * contexts)
 
@@ -239,11 +239,6 @@ class ClusterState:
         return ClusterState(self.profile, nodes, self.is_open_N, facts_FN, columns, self.iteration, history)
 
 
-def decoded_contexts(work: Work) -> int:
-    """Tokens that the work's rows attend to in an iteration, halfway through its answer."""
-    return sum(work.lengths) + len(work.lengths) * (work.new_tokens // 2)
-
-
 def _facts_with(facts_F: list[float], work: Work, times: PassTimes) -> list[float]:
     facts_F[UNFINISHED] += 1
     facts_F[TRAINING] += work.is_training
@@ -256,5 +251,5 @@ def _facts_with(facts_F: list[float], work: Work, times: PassTimes) -> list[floa
     facts_F[HELD] += max(times.bytes_S)
     if work.kind == "generate":
         facts_F[ROWS] += len(work.lengths)
-        facts_F[CONTEXTS] += decoded_contexts(work)
+        facts_F[CONTEXTS] += work.decoded_contexts
     return facts_F

@@ -144,7 +144,7 @@ def with_work(node: NodeState, work: Work, times: PassTimes, path: Path, respons
         if any(node.shift_S)
         else free_S,
         times.bytes_S,
-        sum(work.lengths) + len(work.lengths) * (work.new_tokens // 2),
+        work.decoded_contexts,
         response_s,
         times.idle_s,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lemix_coordinator.scheduling.costs import Profile
+from lemix_common.costs import Profile
 from lemix_coordinator.scheduling.work import Work
 
 

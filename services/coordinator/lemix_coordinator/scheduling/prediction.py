@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from lemix_coordinator.scheduling.cluster_state import CONTEXTS, ROWS, ClusterState, decoded_contexts
+from lemix_coordinator.scheduling.cluster_state import CONTEXTS, ROWS, ClusterState
 from lemix_coordinator.scheduling.columns import Columns, Floats, first_fit
 from lemix_coordinator.scheduling.node_state import Span, path_on
 from lemix_coordinator.scheduling.pass_times import PassTimes, pass_times
@@ -87,7 +87,7 @@ def _ends(columns: Columns, times: PassTimes, now: float, *, with_idle: bool) ->
 
 def _decode_s(state: ClusterState, work: Work) -> Floats:
     rows_N = state.facts_FN[ROWS] + len(work.lengths)
-    contexts_N = state.facts_FN[CONTEXTS] + decoded_contexts(work)
+    contexts_N = state.facts_FN[CONTEXTS] + work.decoded_contexts
     each = state.iteration
     seconds: Floats = each.base_s + each.row_s * rows_N + each.context_s * contexts_N
     return (work.new_tokens - 1) * seconds

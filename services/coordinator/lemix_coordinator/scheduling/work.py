@@ -41,6 +41,11 @@ class Work:
         return sum(length * length for length in self.lengths)
 
     @property
+    def decoded_contexts(self) -> int:
+        """Tokens that the rows attend to in an iteration, halfway through the answer."""
+        return sum(self.lengths) + len(self.lengths) * (self.new_tokens // 2)
+
+    @property
     def padded_length(self) -> int:
         """Tokens of the longest row: the length that the paper's rules speak of."""
         return max(self.lengths)

@@ -28,7 +28,6 @@ from lemix_stage_worker.hosted_stage import HostedStage, build_template
 from lemix_stage_worker.hosting import Hosting
 from lemix_stage_worker.layer_passes import HeadPass, LayerPass
 from lemix_stage_worker.learning import Learner
-from lemix_stage_worker.model.paged_attention import num_kv_blocks
 from lemix_stage_worker.model.sampling import Choice
 from lemix_stage_worker.model.scoring import NO_TARGET
 from lemix_stage_worker.model.stage import StageModel
@@ -116,12 +115,7 @@ class EmulatedHosting(Hosting):
             template=template,
             versions=dict.fromkeys(names, template),
             training=self._state(template, stage, Version(run.lineage, 0)) if is_at_start else None,
-            num_blocks=num_kv_blocks(
-                self.source,
-                self.layers,
-                max_running=self.settings.max_running,
-                kv_bytes=self.settings.kv_bytes,
-            ),
+            num_blocks=self._num_blocks(),
             emulation=self.emulation,
         )
 

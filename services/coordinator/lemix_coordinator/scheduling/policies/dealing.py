@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lemix_coordinator.scheduling.cluster_state import ClusterState
-from lemix_coordinator.scheduling.policies.policy import NO_RESIZE, PolicyOptions, open_nodes
-from lemix_coordinator.scheduling.work import Decision, Resize, Work
+from lemix_coordinator.scheduling.policies.policy import NeverResizes, PolicyOptions, open_nodes
+from lemix_coordinator.scheduling.work import Decision, Work
 
 
 @dataclass(frozen=True, slots=True)
-class NaiveMix:
+class NaiveMix(NeverResizes):
     """Requests and training alike, in turn: by a work's number, not by a counter, as the paper's prototype."""
 
     name: str
@@ -25,14 +24,9 @@ class NaiveMix:
         nodes = usable(state, self.options)
         return Decision(node=nodes[work.number % len(nodes)], reason="its turn")
 
-    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
-        """Never."""
-        del state, waiting, now
-        return NO_RESIZE
-
 
 @dataclass(frozen=True, slots=True)
-class Random:
+class Random(NeverResizes):
     """Each node with the same chance, by the seed and the work's number."""
 
     name: str
@@ -44,11 +38,6 @@ class Random:
         del now
         draw = random.Random(f"{self.options.seed}:{work.number}")
         return Decision(node=draw.choice(usable(state, self.options)), reason="drawn")
-
-    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
-        """Never."""
-        del state, waiting, now
-        return NO_RESIZE
 
 
 def usable(state: ClusterState, options: PolicyOptions) -> list[int]:

@@ -8,7 +8,6 @@ prototype's score. Training that would make requests late on every node waits be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,9 +26,9 @@ from lemix_coordinator.scheduling.cluster_state import (
 )
 from lemix_coordinator.scheduling.columns import Floats
 from lemix_coordinator.scheduling.pass_times import PassTimes
-from lemix_coordinator.scheduling.policies.policy import NO_RESIZE, PolicyOptions
+from lemix_coordinator.scheduling.policies.policy import NeverResizes, PolicyOptions
 from lemix_coordinator.scheduling.prediction import Predictions, predict
-from lemix_coordinator.scheduling.work import Decision, Resize, Work
+from lemix_coordinator.scheduling.work import Decision, Work
 
 LATEST: Final = 32
 """Works that the mean service time is taken over."""
@@ -38,7 +37,7 @@ DEFERRED_SLOS: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class LemixPaper:
+class LemixPaper(NeverResizes):
     """As intended."""
 
     name: str
@@ -73,11 +72,6 @@ class LemixPaper:
             (state.facts_FN[UNFINISHED] - state.facts_FN[TRAINING]).any()
         )
         return is_late and now - work.arrived_at < DEFERRED_SLOS * self.options.slo_s
-
-    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
-        """Never: a node that isn't used keeps the model, as in the paper."""
-        del state, waiting, now
-        return NO_RESIZE
 
 
 def paper_cost(  # noqa: PLR0913 - the formula's terms, by name

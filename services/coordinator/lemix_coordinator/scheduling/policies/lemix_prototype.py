@@ -14,7 +14,6 @@ exceptions, races, and items that these lose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, pi, sqrt
 from statistics import fmean
@@ -30,8 +29,8 @@ from lemix_coordinator.scheduling.cluster_state import (
     ClusterState,
 )
 from lemix_coordinator.scheduling.node_state import NodeState
-from lemix_coordinator.scheduling.policies.policy import NO_RESIZE, PolicyOptions, open_nodes
-from lemix_coordinator.scheduling.work import Decision, Resize, Work
+from lemix_coordinator.scheduling.policies.policy import NeverResizes, PolicyOptions, open_nodes
+from lemix_coordinator.scheduling.work import Decision, Work
 
 PROFILED_LENGTHS: Final = (60, 130, 260, 410)
 """Lengths that a profiling run sees; the mean of their ratios is dominated by the short ones."""
@@ -52,7 +51,7 @@ class Slopes:
 
 
 @dataclass(frozen=True, slots=True)
-class LemixPrototype:
+class LemixPrototype(NeverResizes):
     """As coded."""
 
     name: str
@@ -70,11 +69,6 @@ class LemixPrototype:
         if work.is_training and self.options.prioritises and is_serving and response_s > SLOS * slopes.slo_s:
             return Decision(node=None, reason="put off", again_at=now + RETRY_S)
         return Decision(node=node, reason="highest score")
-
-    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
-        """Never."""
-        del state, waiting, now
-        return NO_RESIZE
 
 
 def slopes_of(state: ClusterState, options: PolicyOptions) -> Slopes:

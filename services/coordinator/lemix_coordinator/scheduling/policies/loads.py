@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lemix_coordinator.scheduling.cluster_state import ClusterState
 from lemix_coordinator.scheduling.policies.dealing import usable
-from lemix_coordinator.scheduling.policies.policy import NO_RESIZE, PolicyOptions
-from lemix_coordinator.scheduling.work import Decision, Resize, Work
+from lemix_coordinator.scheduling.policies.policy import NeverResizes, PolicyOptions
+from lemix_coordinator.scheduling.work import Decision, Work
 
 
 @dataclass(frozen=True, slots=True)
-class LeastUsed:
+class LeastUsed(NeverResizes):
     """The least memory in use, as the paper's Mix-LUF reads it off the accelerators; the first of equals.
 
     The prototype asks the driver, and waits long for its answer; here the answer is what is committed, at once.
@@ -30,14 +29,9 @@ class LeastUsed:
             node=min(usable(state, self.options), key=held_N.__getitem__), reason="least memory used"
         )
 
-    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
-        """Never."""
-        del state, waiting, now
-        return NO_RESIZE
-
 
 @dataclass(frozen=True, slots=True)
-class ShortestQueue:
+class ShortestQueue(NeverResizes):
     """The fewest works that haven't ended; the first of equals."""
 
     name: str
@@ -51,8 +45,3 @@ class ShortestQueue:
         return Decision(
             node=min(usable(state, self.options), key=unfinished_N.__getitem__), reason="shortest queue"
         )
-
-    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
-        """Never."""
-        del state, waiting, now
-        return NO_RESIZE

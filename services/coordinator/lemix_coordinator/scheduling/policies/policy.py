@@ -32,7 +32,7 @@ class Policy(Protocol):
         ...
 
     def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
-        """Which nodes are to be opened or closed, asked after each placement and each end."""
+        """Which nodes are to be opened or closed, asked every now and then."""
         ...
 
 
@@ -50,7 +50,7 @@ class PolicyOptions:
     use_nodes: int | None = None
     """Of the `+` policies: the first so many; None: all."""
     uses_profile: bool = True
-    """Of `lemix-paper` and `lemix-prototype`: without, all works are taken to cost the same."""
+    """Of `lemix-prototype`: without, it goes by the slopes that it begins with."""
     prioritises: bool = True
     """Whether training that would make requests late goes behind them."""
     checks_memory: bool = True
@@ -69,4 +69,12 @@ def open_nodes(state: ClusterState) -> list[int]:
     return nodes
 
 
-NO_RESIZE = Resize()
+class NeverResizes:
+    """What policies have in common that leave all nodes open, as everybody's did before."""
+
+    __slots__ = ()
+
+    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
+        """Never."""
+        del state, waiting, now
+        return Resize()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from lemix_coordinator.scheduling.cluster_state import ClusterState
-from lemix_coordinator.scheduling.policies.policy import NO_RESIZE, PolicyOptions, open_nodes
-from lemix_coordinator.scheduling.work import Decision, Resize, Work
+from lemix_coordinator.scheduling.policies.policy import NeverResizes, PolicyOptions, open_nodes
+from lemix_coordinator.scheduling.work import Decision, Work
 
 CALM_REQUESTS_PER_SECOND: Final = 15.0
 """Up to here a quarter of the nodes serves in `separate-dynamic`, above it a half."""
@@ -17,7 +17,7 @@ RATE_OVER: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Separate:
+class Separate(NeverResizes):
     """The last nodes train: as many as the training rate rounds to (to even, as the prototype), one at least."""
 
     name: str
@@ -31,14 +31,9 @@ class Separate:
         num_training = max(1, round(len(nodes) * self.options.training_rate))
         return _on_its_side(nodes, max(1, len(nodes) - num_training), work)
 
-    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
-        """Never."""
-        del state, waiting, now
-        return NO_RESIZE
-
 
 @dataclass(frozen=True, slots=True)
-class SeparateDynamic:
+class SeparateDynamic(NeverResizes):
     """A quarter of the nodes serves while requests are few, a half when they are many; the others train."""
 
     name: str
@@ -50,11 +45,6 @@ class SeparateDynamic:
         nodes = open_nodes(state)
         share = 4 if request_rate(state, now) <= CALM_REQUESTS_PER_SECOND else 2
         return _on_its_side(nodes, max(1, len(nodes) // share), work)
-
-    def resize(self, state: ClusterState, waiting: Sequence[Work], now: float) -> Resize:
-        """Never."""
-        del state, waiting, now
-        return NO_RESIZE
 
 
 def request_rate(state: ClusterState, now: float) -> float:
