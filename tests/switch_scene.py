@@ -54,6 +54,7 @@ def settings_of(folder: Path, **changes: object) -> ClusterSettings:
         "checkpoint_every": 1000,
         "learning_rate": 0.05,
         "max_drain_s": 600.0,
+        "max_drain_share": 1.0,
     }
     return ClusterSettings(model=str(folder), **(known | changes))
 

@@ -113,6 +113,8 @@ class ClusterSettings:
     """What a running request does when a newer version is served, unless it says so itself: finish or rebuild."""
     max_drain_s: float = 30.0
     """How long the next version waits for the last requests of an older one; then these go on upon the served one."""
+    max_drain_share: float = 0.05
+    """Of the time, in which requests of two versions may take turns at most: the next one waits; 1: it doesn't."""
     checkpoint_every: int = 50
     """Committed steps between checkpoints."""
     keep_checkpoints: int = 2
@@ -205,6 +207,8 @@ class ClusterSettings:
             self.batching in BATCHING_RULES, "batching", self.batching, "one of " + ", ".join(BATCHING_RULES)
         )
         _require(self.order in ORDERS, "order", self.order, "one of " + ", ".join(ORDERS))
+        share = self.max_drain_share
+        _require(0 < share <= 1, "max_drain_share", share, "above 0, at most 1")
         share = self.min_training_share
         _require(0 <= share <= 0.9, "min_training_share", share, "between 0 and 0.9")
         _require(0 < self.training_share < 1, "training_share", self.training_share, "between 0 and 1")

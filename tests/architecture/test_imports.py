@@ -81,7 +81,17 @@ RULES: Mapping[str, frozenset[str]] = {
 
 PURE_FILES = {
     f"lemix_coordinator/{name}.py"
-    for name in ("commands", "placement", "policies", "snapshots", "steps", "training", "transitions", "view")
+    for name in (
+        "commands",
+        "drains",
+        "placement",
+        "policies",
+        "snapshots",
+        "steps",
+        "training",
+        "transitions",
+        "view",
+    )
 } | {
     "lemix_stage_worker/finishing.py",
     "lemix_stage_worker/emulated/emulation.py",

@@ -12,7 +12,7 @@ model nodes stages workers policy prefer slo_s replicas training_share step_exam
 microbatch_tokens schedule order min_training_share max_training_tax activation_bytes recompute dtype device
 max_step_wait_s learning_rate weight_decay
 optimizer learning_rate_schedule warmup_steps schedule_steps max_gradient_norm virtual_shards seed publish_every
-gate_file gate_margin on_update max_drain_s checkpoint_every keep_checkpoints
+gate_file gate_margin on_update max_drain_s max_drain_share checkpoint_every keep_checkpoints
 max_queue max_running batching max_batch_tokens max_block_ms batch_wait_ms kv_bytes
 max_deliveries result_ttl_s heartbeat_expiry_s client_expiry_s takeover_after_s
 """.split()

@@ -245,6 +245,19 @@ def test_requests_that_decode_go_round_in_as_many_groups_as_there_are_workers() 
     assert sizes[6:20] == [4] * 14
 
 
+def test_two_versions_share_the_workers() -> None:
+    """While requests of both decode each version has one iteration on its way, with all of its requests."""
+    subject = node(in_flight=2, chunk=64)
+    for number in range(8):
+        subject.submit([5], 20, version="0.1" if number < 6 else "0.2")
+    sizes = []
+    for _ in range(40):
+        while subject.begin():
+            sizes.append((subject.under_way[-1].version, len(subject.under_way[-1].rows)))
+        subject.finish()
+    assert set(sizes[10:30]) == {("0.1", 6), ("0.2", 2)}
+
+
 def test_a_prompt_is_computed_in_chunks_beside_those_who_decode() -> None:
     """Decodes go first; beside them there is a chunk of the size that they may be asked to wait for."""
     subject = node(in_flight=1, chunk=24)

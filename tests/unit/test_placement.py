@@ -47,6 +47,8 @@ def hosts_after(
         draining_in_flight=0,
         draining_for_s=0.0,
         is_draining_cleared=False,
+        divided_s=0.0,
+        undivided_s=0.0,
         operations=(),
         recent_tax=0.0,
         empty_for_s={divmod(at, 3): seconds for at, seconds in (empty_for_s or {}).items()},

@@ -68,6 +68,27 @@ def test_a_draining_version_is_cleared_when_another_has_waited(
     assert not clears(draining_in_flight=0)
 
 
+@pytest.mark.parametrize(
+    ("undivided_s", "share", "planned", "is_due"),
+    [
+        (17.9, 0.1, 9, False),
+        (18.1, 0.1, 9, True),
+        (0.0, 1.0, 9, True),
+        (1.9, 0.1, 4, False),
+        (2.1, 0.1, 4, True),
+    ],
+    ids=["not yet", "a tenth of the time", "as soon as it can", "idle, not yet", "idle, half of the time"],
+)
+def test_drains_take_their_share_of_the_time_at_most(
+    undivided_s: float, share: float, planned: int, *, is_due: bool
+) -> None:
+    """The last drain had requests of two versions take turns for 2 s."""
+    run = run_of(planned=planned, committed=4, published=3, **CHECKPOINTED)
+    view = view_of(TWO, run, divided_s=2.0, undivided_s=undivided_s, max_drain_share=share)
+    opened = [each.kind for each in snapshots(view) if isinstance(each, OpenSnapshot)]
+    assert ("publish" in opened) == is_due
+
+
 def test_a_publish_that_a_rollback_overtook_waits_with_what_it_wrote() -> None:
     """Until the version that drains for the rollback is gone."""
     run = run_of(planned=4, committed=4, published=4, **CHECKPOINTED)

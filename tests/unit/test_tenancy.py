@@ -43,6 +43,33 @@ def test_credit_is_not_saved_up() -> None:
     assert not tenancy.is_training_due
 
 
+def served_at_intervals(gap_s: float, *, training_s: float) -> Tenancy:
+    """A stage whose serving steps of 10 ms came so long after one another; the last one ended at 0."""
+    tenancy = Tenancy(0.05)
+    tenancy.count(-100.0, -100.0 + training_s, is_training=True, is_awaited=False)
+    for number in range(-40, 0):
+        ready_at = number * (0.01 + gap_s) + gap_s
+        tenancy.serving_begins(ready_at)
+        tenancy.count(ready_at, ready_at + 0.01, is_training=False, is_awaited=False)
+    return tenancy
+
+
+def test_training_waits_for_a_step_that_comes_soon() -> None:
+    """As long as steps were apart lately, if it would hold them up longer; then it goes on, and is due by and by."""
+    tenancy = served_at_intervals(0.003, training_s=0.015)
+    assert tenancy.patience_s(0.001) == pytest.approx(0.002)
+    assert tenancy.patience_s(0.0031) == 0.0
+    tenancy.count_patience(0.0, 0.003)
+    assert tenancy.is_training_due
+    assert tenancy.patience_s(0.001) == 0.0
+
+
+@pytest.mark.parametrize("gap_s", [0.008, 0.5])
+def test_training_uses_gaps_that_are_worth_it(gap_s: float) -> None:
+    """Half a piece and more: a wait would cost more than it spares."""
+    assert served_at_intervals(gap_s, training_s=0.015).patience_s(0.0) == 0.0
+
+
 def test_without_a_least_share_serving_always_goes_first() -> None:
     """As the setting 0 says."""
     tenancy = Tenancy(0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from lemix_coordinator.commands import (
     AdvanceOperation,
@@ -14,6 +15,9 @@ from lemix_coordinator.commands import (
 from lemix_coordinator.training import writers_at
 from lemix_coordinator.view import ClusterView, OperationView
 
+IDLE_DRAIN_SHARE: Final = 0.5
+"""In place of ``max_drain_share``, while no step is planned."""
+
 
 def snapshots(
     view: ClusterView,
@@ -21,7 +25,8 @@ def snapshots(
     """Open what is due, move on what is open, retire what nobody uses.
 
     At most two served versions live: a third is begun only when the draining one is retired, and for that one who waits
-    ``max_drain_s`` has its last items leave it.
+    ``max_drain_s`` has its last items leave it. The next one waits until drains have cost ``max_drain_share`` of
+    the time at most (see `drains`).
     """
     run = view.run
     writers = writers_at(view, run.committed)
@@ -44,7 +49,17 @@ def _is_publish_due(view: ClusterView, behind: int) -> bool:
     run = view.run
     is_idle = run.planned == run.committed
     is_free = view.operation_of("publish") is None and view.operation_of("rollback") is None
-    return is_free and behind > 0 and (behind >= view.settings.publish_every or is_idle)
+    is_due = behind >= view.settings.publish_every or is_idle
+    return is_free and behind > 0 and is_due and _has_rested(view, is_idle=is_idle)
+
+
+def _has_rested(view: ClusterView, *, is_idle: bool) -> bool:
+    """Times in which requests of two versions took turns are kept a small part of all, for those served.
+
+    While nothing more is planned, it is half at most: whoever taught the model something waits to see it.
+    """
+    share = max(view.settings.max_drain_share, IDLE_DRAIN_SHARE if is_idle else 0.0)
+    return view.undivided_s >= view.divided_s * (1 / share - 1)
 
 
 def _must_clear(view: ClusterView, behind: int) -> bool:

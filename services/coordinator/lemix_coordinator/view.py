@@ -87,6 +87,10 @@ class ClusterView:
     """Since another version took its place."""
     is_draining_cleared: bool
     """Its last items have been told to leave it."""
+    divided_s: float
+    """In which requests of two versions took turns, the last time a version drained."""
+    undivided_s: float
+    """All other time since that began."""
     operations: tuple[OperationView, ...]
     recent_tax: float
     """The training tax of the requests that ended in the last seconds; 0 if none did."""

@@ -297,7 +297,7 @@ class Batcher:
         decodes = sorted((member for member in ready if member.is_decode), key=lambda member: member.ready_at)
         rows = [
             self._row(member, 1)
-            for member in decodes[: self._group_size()]
+            for member in decodes[: self._group_size(version)]
             if member in self.running and self._grow(member)  # another one's growth may have taken its blocks
         ]
         budget = self._prompt_budget(len(rows), has_decodes=any(map(_decodes, self.running)))
@@ -328,11 +328,16 @@ class Batcher:
         ready.sort(key=lambda member: member.ready_at)
         return list(dict.fromkeys(member.version for member in ready))
 
-    def _group_size(self) -> int:
-        """How many of those that decode are in one iteration: as many in each that can be on its way."""
+    def _group_size(self, version: str) -> int:
+        """How many of a version's that decode are in one iteration: as many in each that can be on its way.
+
+        While requests of two versions run, each version has its part of these: smaller groups would go round longer.
+        """
         if self.rule == "paper":
             return WITHOUT_LIMIT
-        return -(-sum(map(_decodes, self.running)) // self.max_in_flight)
+        versions = [member.version for member in self.running if _decodes(member)]
+        groups = max(1, self.max_in_flight // max(1, len(set(versions))))
+        return -(-versions.count(version) // groups)
 
     def _prompt_budget(self, num_decodes: int, *, has_decodes: bool) -> int:
         if self.rule == "paper":

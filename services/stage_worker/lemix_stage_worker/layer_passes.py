@@ -15,7 +15,7 @@ the head's gradient up chunk by chunk, which rounds differently from one graph; 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -113,12 +113,19 @@ class LayerPass:
         self._output = source.detach()
 
     def backward(self, gradient_BTD: Tensor) -> Iterator[None]:
-        """Run them backwards, accumulating the parameters' gradients; yields after each layer."""
-        return self._go_back(gradient_BTD, LayerGraph.weight_gradient)
+        """Run them backwards, accumulating the parameters' gradients; yields after each half of a layer."""
+        for graph in self._go_back(gradient_BTD):
+            yield
+            if graph is not None:
+                graph.weight_gradient()
+                yield
 
     def input_gradient(self, gradient_BTD: Tensor) -> Iterator[None]:
         """The first half of `backward`: the input's gradient alone; yields after each layer."""
-        return self._go_back(gradient_BTD, self._halves.append)
+        for graph in self._go_back(gradient_BTD):
+            if graph is not None:
+                self._halves.append(graph)
+            yield
 
     def weight_gradient(self) -> Iterator[None]:
         """The second half: accumulate the parameters' gradients; yields after each layer."""
@@ -126,18 +133,17 @@ class LayerPass:
             self._halves.popleft().weight_gradient()
             yield
 
-    def _go_back(self, gradient_BTD: Tensor, second_half: Callable[[LayerGraph], None]) -> Iterator[None]:
-        """The input's gradient, layer by layer; ``second_half`` is done with each layer or left for later."""
+    def _go_back(self, gradient_BTD: Tensor) -> Iterator[LayerGraph | None]:
+        """The input's gradient, layer by layer: each, with its second half to do; None where one was computed again."""
         gradient: Tensor | None = gradient_BTD
         while self._graphs:
             graph = self._graphs.pop()
             if graph.output is None:  # it wasn't kept
                 graph.compute()
-                yield
+                yield None
             assert gradient is not None
             gradient = graph.input_gradient(gradient)
-            second_half(graph)
-            yield
+            yield graph
         self.gradient = gradient
 
 

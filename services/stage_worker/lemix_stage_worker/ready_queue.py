@@ -114,6 +114,11 @@ class ReadyQueue:
     def __len__(self) -> int:
         return len(self._serving) + len(self._training)
 
+    @property
+    def has_serving(self) -> bool:
+        """Not only training waits."""
+        return bool(self._serving)
+
     def add(self, task: Task) -> None:
         """Let the task wait for its turn."""
         self._arrivals += 1

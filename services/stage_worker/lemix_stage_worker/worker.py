@@ -171,7 +171,7 @@ class Worker:
         for node in range(self.settings.nodes):
             self.hosting.read_placement(node)
         while not stop.is_set():
-            self.turn(wait_s=0.0 if self.ready else self.serving.next_wake_s(IDLE_WAIT_S))
+            self.turn(wait_s=self._patience_s() if self.ready else self.serving.next_wake_s(IDLE_WAIT_S))
             if self.background.failure is not None:
                 raise self.background.failure
         self.hosting.close()
@@ -182,16 +182,27 @@ class Worker:
 
     def turn(self, *, wait_s: float) -> None:
         """Take in what arrived, then run the most urgent step."""
+        is_patient, began = bool(self.ready) and wait_s > 0, self.now()
         for arrival in self.inbox.drain(wait_s=wait_s):
             self._handle(arrival)
+        if is_patient:
+            self.tenancy.count_patience(began, self.now())
         if self.settings.batching == "paper" and not self.ready:
             self.hosting.each_first_stage(self.serving.wake)  # it waits for time to pass
-        if self.ready:
+        if self.ready and not self._patience_s():
             self._compute(self.ready.take(is_training_due=self.tenancy.is_training_due))
+
+    def _patience_s(self) -> float:
+        """How long training that is all there is waits for the next serving step."""
+        if self.ready.is_fifo or self.ready.has_serving:
+            return 0.0
+        return self.tenancy.patience_s(self.now())
 
     def _compute(self, step: Step) -> None:
         """Run a step to its end, or to a safepoint at which it must give way."""
         start = now = self.now()
+        if not step.task.is_training:
+            self.tenancy.serving_begins(step.task.ready_at)
         is_begun = step.rest is not None
         while True:
             self._advance(step)
