@@ -68,6 +68,15 @@ def test_a_draining_version_is_cleared_when_another_has_waited(
     assert not clears(draining_in_flight=0)
 
 
+@pytest.mark.parametrize("planned", [4, 9], ids=["idle", "more is planned"])
+def test_a_drain_that_divides_requests_is_cleared_all_the_same(planned: int) -> None:
+    """What it costs puts off the next version; it doesn't let its last requests stay for longer."""
+    run = run_of(planned=planned, committed=4, published=3, **CHECKPOINTED)
+    about: dict[str, Any] = {"draining": "0.2", "draining_in_flight": 1, "draining_for_s": 30.0}
+    view = view_of(TWO, run, max_drain_s=30.0, divided_s=30.0, **about)
+    assert ClearVersion("0.2") in list(snapshots(view))
+
+
 @pytest.mark.parametrize(
     ("undivided_s", "share", "planned", "is_due"),
     [

@@ -34,7 +34,7 @@ def snapshots(
         yield from _advance(view, operation, writers)
     behind = run.committed - max(run.published, run.held_back)
     if writers is not None:
-        if _is_publish_due(view, behind) and not view.draining:
+        if _is_publish_due(view, behind) and not view.draining and _has_rested(view):
             yield OpenSnapshot("publish", *writers, f"{behind} committed steps are not served")
         due = run.committed - run.checkpoint >= view.settings.checkpoint_every
         if due and view.operation_of("checkpoint") is None:
@@ -49,16 +49,17 @@ def _is_publish_due(view: ClusterView, behind: int) -> bool:
     run = view.run
     is_idle = run.planned == run.committed
     is_free = view.operation_of("publish") is None and view.operation_of("rollback") is None
-    is_due = behind >= view.settings.publish_every or is_idle
-    return is_free and behind > 0 and is_due and _has_rested(view, is_idle=is_idle)
+    return is_free and behind > 0 and (behind >= view.settings.publish_every or is_idle)
 
 
-def _has_rested(view: ClusterView, *, is_idle: bool) -> bool:
+def _has_rested(view: ClusterView) -> bool:
     """Times in which requests of two versions took turns are kept a small part of all, for those served.
 
     While nothing more is planned, it is half at most: whoever taught the model something waits to see it.
     """
-    share = max(view.settings.max_drain_share, IDLE_DRAIN_SHARE if is_idle else 0.0)
+    share = view.settings.max_drain_share
+    if view.run.planned == view.run.committed:
+        share = max(share, IDLE_DRAIN_SHARE)
     return view.undivided_s >= view.divided_s * (1 / share - 1)
 
 
