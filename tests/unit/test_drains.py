@@ -19,16 +19,16 @@ from lemix_coordinator.drains import Drains
 )
 def test_only_time_that_requests_lose_is_counted(in_flight: dict[str, str], divided_s: float) -> None:
     """On two stages, four seconds in looks of half a second; then one without a drain."""
-    drains = Drains(num_shared=2)
+    drains = Drains()
     for look in range(9):
-        drains.look(in_flight, "0.1", 10 + look / 2)
-    drains.look({"0.2": "7"}, "", 20.0)
+        drains.look(in_flight, "0.1", 10 + look / 2, num_stages=2)
+    drains.look({"0.2": "7"}, "", 20.0, num_stages=2)
     assert (drains.divided_s, drains.undivided_s) == (divided_s, 10.0 - divided_s)
 
 
 def test_each_drain_counts_by_itself() -> None:
     """What the one before cost was waited for."""
-    drains = Drains(num_shared=2)
+    drains = Drains()
     for look, draining in enumerate(["0.1", "0.1", "", "0.2", "0.2"]):
-        drains.look({"0.1": "2", "0.2": "2"}, draining, float(look))
+        drains.look({"0.1": "2", "0.2": "2"}, draining, float(look), num_stages=2)
     assert (drains.divided_s, drains.undivided_s) == (2.0, 0.0)

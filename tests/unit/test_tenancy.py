@@ -59,7 +59,7 @@ def test_training_waits_for_a_step_that_comes_soon() -> None:
     tenancy = served_at_intervals(0.003, training_s=0.015)
     assert tenancy.patience_s(0.001) == pytest.approx(0.002)
     assert tenancy.patience_s(0.0031) == 0.0
-    tenancy.count_patience(0.0, 0.003)
+    tenancy.earn(0.003)
     assert tenancy.is_training_due
     assert tenancy.patience_s(0.001) == 0.0
 

@@ -27,7 +27,7 @@ class Reader:
     _empty_since: dict[tuple[int, int], float] = field(default_factory=dict)
     _waits: deque[tuple[float, float, float]] = field(default_factory=deque)
     """When, and the sums by then: what ended requests waited behind training, and what they took."""
-    _drains: Drains | None = None
+    _drains: Drains = field(default_factory=Drains)
 
     def view(
         self,
@@ -60,10 +60,7 @@ class Reader:
         preparing = self.versions.version(live["preparing"]) if live.get("preparing") else {}
         draining = live.get("draining", "")
         served, drained = map(self.versions.version, (live["served"], draining)) if draining else ({}, {})
-        if self._drains is None:
-            self._drains = Drains(settings.nodes * settings.stages)
-        drains = self._drains
-        drains.look(in_flight, draining, now)
+        self._drains.look(in_flight, draining, now, num_stages=settings.nodes * settings.stages)
         return ClusterView(
             settings=settings,
             is_stopping=state.get("state") != "running",
@@ -75,8 +72,8 @@ class Reader:
             draining_in_flight=int(in_flight.get(draining, 0)),
             draining_for_s=now - float(served.get("published_at", now)),
             is_draining_cleared="cleared_at" in drained,
-            divided_s=drains.divided_s,
-            undivided_s=drains.undivided_s,
+            divided_s=self._drains.divided_s,
+            undivided_s=self._drains.undivided_s,
             operations=tuple(
                 operation_view(name, fields, preparing, nodes, items_left=self._items_left(fields))
                 for name, fields in operations.items()

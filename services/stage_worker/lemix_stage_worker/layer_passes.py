@@ -114,37 +114,29 @@ class LayerPass:
 
     def backward(self, gradient_BTD: Tensor) -> Iterator[None]:
         """Run them backwards, accumulating the parameters' gradients; yields after each half of a layer."""
-        for graph in self._go_back(gradient_BTD):
+        for _ in self.input_gradient(gradient_BTD):
             yield
-            if graph is not None:
-                graph.weight_gradient()
-                yield
+            yield from self.weight_gradient()
 
     def input_gradient(self, gradient_BTD: Tensor) -> Iterator[None]:
         """The first half of `backward`: the input's gradient alone; yields after each layer."""
-        for graph in self._go_back(gradient_BTD):
-            if graph is not None:
-                self._halves.append(graph)
+        gradient: Tensor | None = gradient_BTD
+        while self._graphs:
+            graph = self._graphs.pop()
+            if graph.output is None:  # it wasn't kept
+                graph.compute()
+                yield
+            assert gradient is not None
+            gradient = graph.input_gradient(gradient)
+            self._halves.append(graph)
             yield
+        self.gradient = gradient
 
     def weight_gradient(self) -> Iterator[None]:
         """The second half: accumulate the parameters' gradients; yields after each layer."""
         while self._halves:
             self._halves.popleft().weight_gradient()
             yield
-
-    def _go_back(self, gradient_BTD: Tensor) -> Iterator[LayerGraph | None]:
-        """The input's gradient, layer by layer: each, with its second half to do; None where one was computed again."""
-        gradient: Tensor | None = gradient_BTD
-        while self._graphs:
-            graph = self._graphs.pop()
-            if graph.output is None:  # it wasn't kept
-                graph.compute()
-                yield None
-            assert gradient is not None
-            gradient = graph.input_gradient(gradient)
-            yield graph
-        self.gradient = gradient
 
 
 @dataclass(eq=False)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from statistics import median
 from typing import Final
 
@@ -38,8 +39,6 @@ class Tenancy:
     _gaps_s: deque[float] = field(default_factory=lambda: deque(maxlen=_TYPICAL))
     """From the end of a serving step to when the next one could have begun."""
     _served_until: float | None = None
-    _patience_s: float | None = None
-    """Worked out when it is asked for; None: again."""
 
     @property
     def is_training_due(self) -> bool:
@@ -53,15 +52,12 @@ class Tenancy:
         """
         if self._served_until is None or self.is_training_due:
             return 0.0
-        if self._patience_s is None:
-            self._patience_s = self._likely_gap_s()
-        return max(0.0, self._served_until + self._patience_s - now)
+        return max(0.0, self._served_until + self._likely_gap_s() - now)
 
     def serving_begins(self, ready_at: float) -> None:
         """A serving step begins that could have since then."""
         if self._served_until is not None:
             self._gaps_s.append(max(0.0, ready_at - self._served_until))
-            self._patience_s = None
 
     def count(self, began: float, ended: float, *, is_training: bool, is_awaited: bool) -> None:
         """Note what ran; ``is_awaited``: serving waited for training meanwhile, or training for serving."""
@@ -72,13 +68,10 @@ class Tenancy:
             return
         self._served_until = ended
         if is_awaited:
-            self._earn(ended - began)
+            self.earn(ended - began)
 
-    def count_patience(self, began: float, ended: float) -> None:
-        """Training waited for a serving step that hadn't come yet: it earns as if that had run."""
-        self._earn(ended - began)
-
-    def _earn(self, waited_s: float) -> None:
+    def earn(self, waited_s: float) -> None:
+        """Training waited so long for serving: for a step that ran, or for one that hadn't come yet."""
         earned_s = waited_s * self.least_share / (1 - self.least_share)
         self._credit_s = min(max(self.most_credit_s, earned_s), self._credit_s + earned_s)
 
@@ -86,7 +79,7 @@ class Tenancy:
         """0 where gaps are no shorter than what is worth to wait for."""
         if not self._gaps_s or not self._trained:
             return 0.0
-        pieces = list(self._trained)[-_TYPICAL:]
+        pieces = islice(reversed(self._trained), _TYPICAL)
         gaps = sorted(self._gaps_s)
         gap_s = gaps[int(_MOST_GAPS * (len(gaps) - 1))]
         return gap_s if gap_s < median(ended - began for began, ended in pieces) / 2 else 0.0

@@ -186,7 +186,7 @@ class Worker:
         for arrival in self.inbox.drain(wait_s=wait_s):
             self._handle(arrival)
         if is_patient:
-            self.tenancy.count_patience(began, self.now())
+            self.tenancy.earn(self.now() - began)
         if self.settings.batching == "paper" and not self.ready:
             self.hosting.each_first_stage(self.serving.wake)  # it waits for time to pass
         if self.ready and not self._patience_s():
