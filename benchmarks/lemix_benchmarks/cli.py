@@ -18,7 +18,7 @@ from lemix_benchmarks.report import SECONDS, Findings, Plan, report
 from lemix_common.errors import BadInput
 from lemix_common.logs import configure_logs
 
-BENCHES = ("hop", "prefill", "train", "decode", "tax", "scheduler")
+BENCHES = ("hop", "prefill", "train", "decode", "tax", "scheduler", "simulator")
 NOT_BUILT = ("migrate", "gpu")
 ON_ANY_DEVICE = ("train", "decode", "tax")
 """The others are about the processor, and run ``bench-34m``."""

@@ -3,13 +3,22 @@
 Seconds (and bytes) = base + token · tokens + context · Σ(length · context), the sum over the sequences of a pass: their
 tokens times what these attend to. Of whole sequences that is Σ length²; of a decode iteration, a token a row, the sum
 of the rows' contexts.
+
+Where products are computed for rounded numbers of rows (processors with rearranged matrices), an iteration of a few
+rows too many costs a step more: `StageCosts.row_steps` says so, and `computed_rows` is the one place that rounds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+RowSteps = tuple[tuple[int, int], ...]
+"""(up to so many rows, their number is rounded up to a multiple of this), ascending; the last holds for more, too.
+
+Empty: each row counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,14 @@ class Cost:
         return self.base + self.token * tokens + self.context * contexts
 
 
+def computed_rows(rows: float, steps: RowSteps) -> float:
+    """The rows that an iteration of so many computes."""
+    if not steps:
+        return rows
+    step = next((step for most, step in steps if rows <= most), steps[-1][1])
+    return math.ceil(rows / step) * step
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageCosts:
     """One stage on one accelerator."""
@@ -36,7 +53,9 @@ class StageCosts:
     backward: Cost
     """Seconds of a training microbatch's backward."""
     decode: Cost
-    """Seconds of a decode iteration; its tokens are its rows."""
+    """Seconds of a decode iteration over the rows that it computes; of those that it has, `decode_s` knows it."""
+    row_steps: RowSteps = ()
+    """How an iteration's rows are rounded."""
     optimizer_s: float
     """Seconds of an optimizer step."""
     activation_bytes: Cost
@@ -49,6 +68,21 @@ class StageCosts:
     def forward_of(self, *, is_training: bool) -> Cost:
         """The line of a request's forward, or of a training microbatch's."""
         return (self.training_forward if is_training else None) or self.forward
+
+    def decode_s(self, rows: float, contexts: float) -> float:
+        """Seconds of an iteration in which so many rows get a token each, and attend to ``contexts`` together."""
+        return self.decode.of(computed_rows(rows, self.row_steps), contexts)
+
+    def iteration_s(self, prompts: float, prompt_contexts: float, rows: float, row_contexts: float) -> float:
+        """Seconds of an iteration: the next token of some rows, and so many tokens of others' prompts.
+
+        One that has both costs what its prompts cost alone, and its decodes on top without a base of their own, nor
+        rounding: the prompts' rows are many.
+        """
+        if not prompts:
+            return self.decode_s(rows, row_contexts)
+        beside = self.decode.token * rows + self.decode.context * row_contexts
+        return self.forward.of(prompts, prompt_contexts) + beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, cast
 
-from lemix_common.costs import Cost, Profile, StageCosts
+from lemix_common.costs import Cost, Profile, RowSteps, StageCosts
 from lemix_common.errors import BadInput
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+_READ: Final = (1, SCHEMA)
+"""Schemas that can be read: the first had no `row_steps`."""
 _SOURCES: Final = ("measured", "roofline")
 _LINE: Final = ("base", "token", "context")
 _STAGE_LINES: Final = ("forward", "backward", "decode", "activation_bytes")
@@ -64,9 +66,9 @@ def parse_profile(text: str, *, where: str) -> Profile:
 def profile_from(found: object) -> Profile:
     """The profile that a JSON object is. `ValueError`: it isn't one."""
     schema = found.get("schema") if isinstance(found, Mapping) else None
-    if schema != SCHEMA:
+    if schema not in _READ or isinstance(schema, bool):
         raise ValueError(
-            f"its schema is {schema!r}, and {SCHEMA} is what can be read; run `lemix profile` again"
+            f"its schema is {schema!r:.40}, and {_READ[0]} to {SCHEMA} can be read; run `lemix profile` again"
         )
     fields = _object(found, "it", ("schema", *_PROFILE))
     for name in ("model", "device"):
@@ -84,7 +86,7 @@ def profile_from(found: object) -> Profile:
         model=fields["model"],
         device=fields["device"],
         source=fields["source"],
-        stages=tuple(_stage(stage, f"stages[{index}]") for index, stage in enumerate(stages)),
+        stages=tuple(_stage(stage, f"stages[{index}]", schema) for index, stage in enumerate(stages)),
         hop=_cost(fields["hop"], "hop"),
         memory_bytes=_bytes(fields["memory_bytes"], "memory_bytes"),
         load_s=_number(fields["load_s"], "load_s"),
@@ -94,14 +96,28 @@ def profile_from(found: object) -> Profile:
     )
 
 
-def _stage(found: object, where: str) -> StageCosts:
-    fields = _object(found, where, _STAGE)
+def _stage(found: object, where: str, schema: int) -> StageCosts:
+    fields = _object(found, where, _STAGE if schema == 1 else (*_STAGE, "row_steps"))
     lines: dict[str, Cost | None] = {name: _cost(fields[name], f"{where}.{name}") for name in _STAGE_LINES}
     if fields["training_forward"] is not None:
         lines["training_forward"] = _cost(fields["training_forward"], f"{where}.training_forward")
     numbers = {name: _number(fields[name], f"{where}.{name}") for name in _STAGE_NUMBERS}
     sizes = {name: _bytes(fields[name], f"{where}.{name}") for name in _STAGE_BYTES}
-    return StageCosts(**cast("dict[str, Any]", {**lines, **numbers, **sizes}))
+    steps = _row_steps(fields.get("row_steps", ()), f"{where}.row_steps")
+    return StageCosts(**cast("dict[str, Any]", {**lines, **numbers, **sizes, "row_steps": steps}))
+
+
+def _row_steps(found: object, where: str) -> RowSteps:
+    """Pairs of whole numbers from 1 on, the first of them ascending."""
+    try:
+        pairs = [(most, step) for most, step in cast("Any", found)]
+    except (TypeError, ValueError):
+        raise ValueError(f"{where} is not a list of pairs") from None
+    steps = tuple((_bytes(most, where), _bytes(step, where)) for most, step in pairs)
+    mosts = [most for most, _ in steps]
+    if mosts != sorted(set(mosts)) or any(min(pair) < 1 for pair in steps):
+        raise ValueError(f"{where} is not ascending from 1 on")
+    return steps
 
 
 def _cost(found: object, where: str) -> Cost:

@@ -29,6 +29,8 @@ class ItemTimes:
     ends: list[str] = field(default_factory=list)
     ended: float | None = None
     weights_version: str | None = None
+    predicted_end: float | None = None
+    """As the coordinator wrote it down when it gave the item to a node."""
 
     @property
     def is_done(self) -> bool:
@@ -40,6 +42,13 @@ class ItemTimes:
         if not self.is_done or self.submitted is None or self.ended is None:
             return None
         return self.ended - self.submitted
+
+    @property
+    def predicted_response_s(self) -> float | None:
+        """Submit to the predicted end."""
+        if self.predicted_end is None or self.submitted is None:
+            return None
+        return self.predicted_end - self.submitted
 
     @property
     def ttft_s(self) -> float | None:
@@ -148,6 +157,7 @@ def summarize(
             for factor in SLO_FACTORS
         },
         "training_tax": training_tax(requests, blocked_s),
+        "prediction_error": percentiles(map(prediction_error, requests)),
         "weights_versions": sorted(
             {i.weights_version for i in items if i.weights_version}, key=_version_order
         ),
@@ -162,6 +172,12 @@ def training_tax(requests: Iterable[ItemTimes], blocked_s: Mapping[str, float]) 
     return _rate(
         sum(blocked for _, blocked in answered), sum(response - blocked for response, blocked in answered)
     )
+
+
+def prediction_error(item: ItemTimes) -> float | None:
+    """|predicted response − response| ÷ response of an item that is done and for which an end was predicted."""
+    predicted_s, response_s = item.predicted_response_s, item.response_s
+    return None if predicted_s is None or not response_s else abs(predicted_s - response_s) / response_s
 
 
 def before_and_after(values: Sequence[float]) -> dict[str, float | None]:

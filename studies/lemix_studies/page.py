@@ -21,11 +21,18 @@ _GROUPS: Mapping[str, Sequence[str]] = {
     "Items": "submitted done failed cancelled refused lost duplicated dead_lettered capped".split(),
     "Pace": "duration_s node_seconds items_per_second items_per_node_second goodput_per_second "
     "goodput_per_node_second".split(),
-    "Serving": "response_s ttft_s itl_s slo_base_s slo_attainment training_tax serving_loss exact_match "
-    "exact_match_changed exact_match_unchanged".split(),
+    "Serving": "response_s ttft_s itl_s slo_base_s slo_attainment training_tax prediction_error serving_loss "
+    "exact_match exact_match_changed exact_match_unchanged".split(),
     "Training": "steps step_loss weights_versions weights_sha256".split(),
 }
-_SHARES = {"slo_attainment", "training_tax", "exact_match", "exact_match_changed", "exact_match_unchanged"}
+_SHARES = {
+    "slo_attainment",
+    "training_tax",
+    "prediction_error",
+    "exact_match",
+    "exact_match_changed",
+    "exact_match_unchanged",
+}
 _JOINTS = {"slo_attainment": " × idle ", "weights_sha256": ": "}
 _MOST_NAMED = 6
 

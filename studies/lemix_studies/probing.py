@@ -1,4 +1,7 @@
-"""What requests take on an idle cluster: a few of the workload's own, one at a time, before it begins."""
+"""What requests take on an idle cluster: a few like the workload's own, one at a time, before it begins.
+
+They are as long, but begin with other tokens: else caches would know a part of them, or then of the workload.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,8 @@ def probe_idle_times(
         return IdleTimes(slo_base_s=0.0, ttft_s=0.0, itl_s=0.0)
     chosen = [requests[0], *(requests[i * len(requests) // NUM_PROBES] for i in range(NUM_PROBES))]
     for number, arrival in enumerate(chosen):
-        item = replace(arrival, line=number).item(prefix)
+        turned = _turned(arrival.prompt, number + 1)
+        item = replace(arrival, line=number, prompt=turned).item(prefix)
         history.kinds[str(item.item_id)] = arrival.kind
         history.record("submitted", str(item.item_id))
         client.submit(item).result()
@@ -52,6 +56,11 @@ def _stage_times(tail: SpanTail, items: Sequence[str]) -> list[float]:
     except WaitTimeout:
         return []
     return list(known().values())
+
+
+def _turned(prompt: tuple[int, ...], by: int) -> tuple[int, ...]:
+    at = by % len(prompt) if prompt else 0
+    return prompt[at:] + prompt[:at]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -192,6 +192,7 @@ def run_replay(
         tail.stop()
     settings = Cluster(broker).settings()
     items = items_of(history.events)
+    note_predictions(broker, items.values())
     return Outcome(
         arrivals={str(arrival.item(prefix).item_id): arrival for arrival in arrivals},
         items=list(items.values()),
@@ -206,6 +207,15 @@ def run_replay(
         weights_sha256=weights_sha256(broker, data_dir, trained) if data_dir else {},
         policy=settings.policy,
     )
+
+
+def note_predictions(broker: Broker, items: Iterable[ItemTimes]) -> None:
+    """What was predicted when items were given to nodes, of those whose hashes are still there."""
+    requests = [item for item in items if item.kind != "train"]
+    hashes = broker.hashes(broker.keys.item(request.item) for request in requests)
+    for request, fields in zip(requests, hashes, strict=True):
+        if "predicted_end_at" in fields:
+            request.predicted_end = float(fields["predicted_end_at"])
 
 
 def committed_steps(broker: Broker, *, after: int) -> list[CommittedStep]:

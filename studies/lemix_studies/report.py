@@ -35,7 +35,7 @@ HISTORY = "history.jsonl"
 PICTURES = ("timeline.png", "timeline.svg", "loss.png", "latency.png")
 _COLUMNS = (
     "item", "line", "kind", "at_s", "prompt_tokens", "reference_tokens", "capped", "end", "weights_version",
-    "response_s", "ttft_s", "mean_itl_s", "loss",
+    "response_s", "predicted_response_s", "ttft_s", "mean_itl_s", "loss",
 )  # fmt: skip
 
 
@@ -154,6 +154,7 @@ def _row(outcome: Outcome, item: ItemTimes) -> dict[str, object]:
         "end": " ".join(item.ends) or ("refused" if item.was_refused else "none"),
         "weights_version": item.weights_version,
         "response_s": item.response_s,
+        "predicted_response_s": item.predicted_response_s,
         "ttft_s": item.ttft_s,
         "mean_itl_s": sum(gaps) / len(gaps) if gaps else None,
         "loss": answer.loss if isinstance(answer, Score) else None,

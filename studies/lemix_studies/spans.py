@@ -14,6 +14,8 @@ from lemix_common.broker import Broker, Entry
 Span = Mapping[str, Any]
 """One piece of a stage's time: node, stage, worker, cat, item, start, end, version, blocked_s, busy."""
 _BLOCK_S = 0.2
+_LAST_S = 0.4
+"""Workers tell of what ran every quarter of a second; who says nothing for so long has told everything."""
 _PAGE_ENTRIES = 200
 
 
@@ -34,11 +36,11 @@ class SpanTail:
         self._thread.start()
 
     def stop(self) -> None:
-        """Take what has been said and end."""
+        """Take what is left to be said of what ran, and end."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
-            while entries := self._read(block_s=0.001):
+            while entries := self._read(block_s=_LAST_S):
                 self._take(entries)
 
     def _follow(self) -> None:

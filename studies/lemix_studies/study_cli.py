@@ -154,6 +154,9 @@ def _run_one(
         raise BadInput(f"the study {name!r} has no point of these policies")
     journal = _journal(directory)
     done = journal.begin(resumes=resumes)
+    for row in done.values():
+        if (ran_on := row.get("on", where)) != where:
+            raise BadInput(f"{directory} has points of --on {ran_on}: give another --report for --on {where}")
     wanted = {Point(plan.setting, variant).key for plan in plans for variant in plan.variants}
     console = Console(stderr=True)
     columns = (

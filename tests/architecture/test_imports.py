@@ -52,6 +52,7 @@ RULES: Mapping[str, frozenset[str]] = {
     "lemix_common/*": frozenset(),
     "lemix_coordinator/operations/*": frozenset({"lemix_coordinator", "structlog", "celery", "kombu"}),
     "lemix_coordinator/*": frozenset({"lemix_coordinator", "structlog", "numpy"}),
+    "lemix_stage_worker/model/compiled_attention.py": frozenset({"numba", "numpy", "torch"}),
     "lemix_stage_worker/*": frozenset(
         {
             "lemix_stage_worker",

@@ -21,7 +21,7 @@ from lemix_common.store.rollbacks import Rollbacks
 from lemix_common.store.training import Training
 from lemix_coordinator.coordinator import Coordinator
 from lemix_coordinator.scheduling.cluster_state import ClusterState
-from lemix_coordinator.scheduling.policies import Policy
+from lemix_coordinator.scheduling.policies import Policy, PolicyOptions, make_policy
 from lemix_coordinator.scheduling.work import Decision, Resize, Work
 
 NODES, STAGES = 2, 2
@@ -532,6 +532,19 @@ def test_a_step_is_held_back_for_a_bounded_time(ready: tuple[Scene, Coordinator]
     scene.clock.sleep(2.5)
     coordinator.tick()
     assert (training.state().attempt, training.state().attempt_step) == (1, 1)
+
+
+def test_a_step_that_runs_counts_as_work_on_its_node(ready: tuple[Scene, Coordinator]) -> None:
+    """Turn after turn: the shortest queue is another one's."""
+    scene, coordinator = ready
+    follow(coordinator, make_policy("jsq", PolicyOptions()))
+    for item in "bc":
+        scene.submit(item, "train")
+    for _ in range(4):
+        coordinator.tick()
+    assert Training(scene.broker, MAIN_RUN).state().attempt == 1
+    assert coordinator.scheduler.live is not None
+    assert sum(coordinator.scheduler.live.cluster.unfinished_N) > 0
 
 
 def test_a_policy_that_fails_is_overruled(ready: tuple[Scene, Coordinator]) -> None:

@@ -31,6 +31,7 @@ from lemix_common.store.versions import Versions
 from lemix_coordinator.closing import StopRequests, close_when_asked
 from lemix_coordinator.coordinator import Coordinator
 from tiny_model import write_tiny_llama
+from toy_profile import toy_profile
 
 PATIENCE_S = 10.0
 SETTINGS = ClusterSettings(model="m", nodes=2, stages=2)
@@ -84,6 +85,19 @@ def test_other_settings_are_another_generation(broker: Broker) -> None:
         cluster.register("w", {"slot": "w", "generation": old}, expiry_s=60)
     cluster.register("w2", {"slot": "w", "generation": cluster.state()["generation"]}, expiry_s=60)
     assert list(cluster.workers()) == ["w2"]
+
+
+def test_an_emulated_profile_does_not_outlive_its_accelerators(broker: Broker) -> None:
+    """What computes itself afterwards isn't predicted by it; a measured profile stays."""
+    cluster = publish(broker, replace(SETTINGS, device="emulated:p.json"))
+    cluster.publish_profile(toy_profile(2))
+    publish(broker, replace(SETTINGS, device="emulated:p.json"))
+    assert cluster.profile() is not None
+    publish(broker, SETTINGS)
+    assert cluster.profile() is None
+    cluster.publish_profile(toy_profile(2))
+    publish(broker, replace(SETTINGS, device="cuda"))
+    assert cluster.profile() is not None
 
 
 def test_a_coordinator_of_other_settings_ends(broker: Broker, tmp_path: Path) -> None:

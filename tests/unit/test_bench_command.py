@@ -52,7 +52,8 @@ def test_a_bench_that_is_not_built_is_refused_by_name(name: str) -> None:
     result = bench(name)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"lemix: the bench '{name}' is not built yet; there are hop, prefill, train, decode, tax, scheduler\n"
+        f"lemix: the bench '{name}' is not built yet; "
+        "there are hop, prefill, train, decode, tax, scheduler, simulator\n"
     )
 
 

@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from lemix_common.costs import Cost, Profile, StageCosts
-from lemix_coordinator.scheduling.correction import Correction, Corrections, corrected
+from lemix_coordinator.scheduling.correction import (
+    Correction,
+    Corrections,
+    ResponseCorrections,
+    corrected,
+)
 
 FORWARD, DECODE = Cost(base=0.005, token=0.0003, context=7e-8), Cost(base=0.007, token=0.0004, context=1e-6)
 COSTS = StageCosts(
@@ -94,6 +100,30 @@ def span(cat: str, seconds: float, tokens: int, contexts: int, **more: object) -
         "contexts": contexts,
         **more,
     }
+
+
+def test_decodes_are_expected_by_the_rows_that_are_computed() -> None:
+    """Where rows are rounded, an iteration that takes what its rounded rows take corrects nothing."""
+    stages = (replace(COSTS, row_steps=((64, 16),)),) * 2
+    rounded = replace(PROFILE, stages=stages)
+    spans = [
+        span("decode", DECODE.of(16, 50 * rows), rows, 50 * rows, others=["j"] * (rows - 1))
+        for rows in range(1, 17)
+    ]
+    assert corrected(rounded, spans).stages[1].decode.of(16, 500) == pytest.approx(DECODE.of(16, 500))
+
+
+def test_what_responses_have_on_top_is_learned_of_each_situation() -> None:
+    """A fixed time beside training; what a few unlucky ones wait doesn't move what most take."""
+    drawn = random.Random(0)
+    known = ResponseCorrections()
+    for number in range(200):
+        predicted_s = drawn.uniform(0.02, 0.2)
+        unlucky = 2.0 if number % 6 == 0 else 1.0
+        known = known.noted("score", True, predicted_s=predicted_s, measured_s=unlucky * (predicted_s + 0.03))
+    assert known.of("score", True, 0.1) == pytest.approx(0.13, rel=0.1)
+    assert known.of("score", False, 0.1) == known.of("generate", True, 0.1) == 0.1
+    assert known.noted("score", False, predicted_s=0.0, measured_s=1.0) is known
 
 
 def test_spans_correct_their_stage_and_kind_only() -> None:

@@ -70,6 +70,18 @@ def test_a_late_timer_is_made_up_for() -> None:
     assert 0.1 <= clock.time <= 0.1 + 2 * clock.late_s
 
 
+def test_a_look_at_what_has_arrived_is_part_of_the_work() -> None:
+    """At a safepoint; what came first there isn't."""
+    clock = LateClock(late_s=0.0)
+    for _ in Waiter(clock.now, clock.sleep).spend(0.1):
+        clock.time += 0.0001
+    assert clock.time == pytest.approx(0.1 + 0.0001)
+    began = clock.time
+    for number, _ in enumerate(Waiter(clock.now, clock.sleep).spend(0.1)):
+        clock.time += 0.05 if number == 3 else 0.0
+    assert clock.time - began == pytest.approx(0.15)
+
+
 def test_what_is_done_behind_a_wait_is_part_of_the_work() -> None:
     """The wait learns to end earlier by that much."""
     clock = LateClock(late_s=0.0)

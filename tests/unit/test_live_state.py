@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -91,6 +92,21 @@ def test_spans_put_costs_right() -> None:
     known = state.cluster.profile.stages[0].forward.of(50, 2500)
     assert known == pytest.approx(3 * STAGE.forward.of(50, 2500), rel=0.1)
     assert state.cluster.profile.stages[1].forward == STAGE.forward
+
+
+def test_an_expected_end_learns_from_answers() -> None:
+    """Requests that take 40 ms more than their stages are soon expected to; those before keep what was said of them."""
+    state, work = ready_state(1), request("w")
+    plain_s = state.end_of(work, 0, 0.0)
+    for number in range(60):
+        at = float(number)
+        one = replace(request(f"r{number}", tokens=20 + 10 * (number % 8)), arrived_at=at)
+        alone_s = state.with_work(one, 0, at).cluster.nodes[0].committed[0].alone_s
+        state = state.with_work(one, 0, at).with_answer(one.item, at + alone_s + 0.04)
+        assert one.item not in state.where
+    later = replace(work, arrived_at=60.0)
+    assert state.end_of(later, 0, 60.0) - 60.0 == pytest.approx(plain_s + 0.04, rel=0.1)
+    assert state.with_answer("unknown", 1.0) is state
 
 
 def test_nothing_known_is_layers_and_endless_memory() -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lemix_common.costs import Cost
+from lemix_common.costs import Cost, computed_rows
 from lemix_coordinator.scheduling.measured import LINES, measured_profile
 
 TRUE = {
@@ -25,6 +25,7 @@ def stage(slower: float = 1.0) -> dict[str, Any]:
         "weight_bytes": 100,
         "training_bytes": 300,
         "kv_token_bytes": 16,
+        "row_steps": [],
         "activations": [{"tokens": n, "contexts": n * n, "bytes": 1000 * n} for n in TOKENS],
         "samples": [
             {"kind": kind, "tokens": n, "contexts": n * n, "seconds": slower * line.of(n, n * n)}
@@ -35,7 +36,7 @@ def stage(slower: float = 1.0) -> dict[str, Any]:
 
 
 FOUND = {
-    "schema": 1,
+    "schema": 2,
     "device": "cpu",
     "memory_bytes": 2**30,
     "hops": [{"tokens": n, "seconds": 1e-4 + 1e-6 * n} for n in TOKENS],
@@ -58,7 +59,30 @@ def test_each_stage_gets_its_own_lines() -> None:
     assert profile.hop.of(1000) == pytest.approx(1.1e-3)
 
 
+def test_decodes_are_a_line_over_the_rows_that_are_computed() -> None:
+    """Where 33 rows take as long as 48 the line fits all the same, and it is not another kind's matter."""
+    steps = ((4, 4), (8, 1), (32, 4), (128, 16))
+    line = TRUE["decode"]
+    rows = [*range(1, 65)]
+    samples = [
+        {
+            "kind": "decode",
+            "tokens": n,
+            "contexts": 100 * n,
+            "seconds": line.of(computed_rows(n, steps), 100 * n),
+        }
+        for n in rows
+    ]
+    others = [sample for sample in stage()["samples"] if sample["kind"] != "decode"]
+    found = FOUND | {"stages": [stage() | {"row_steps": steps, "samples": others + samples}]}
+    costs = measured_profile("m", found).profile.stages[0]
+    for n in rows:
+        assert costs.decode_s(n, 50 * n) == pytest.approx(line.of(computed_rows(n, steps), 50 * n))
+    assert costs.decode_s(33, 0) == costs.decode_s(48, 0) < costs.decode_s(49, 0)
+    assert costs.forward.of(33, 33**2) == pytest.approx(TRUE["prefill"].of(33, 33**2))
+
+
 def test_other_measurements_are_refused() -> None:
     """A worker of another version wrote them."""
-    with pytest.raises(ValueError, match="schema 7, not 1"):
+    with pytest.raises(ValueError, match="schema 7, not 2"):
         measured_profile("m", FOUND | {"schema": 7})

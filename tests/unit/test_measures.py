@@ -11,6 +11,7 @@ from lemix_studies.measures import (
     count_lost,
     items_of,
     percentile,
+    prediction_error,
     summarize,
     within_slo,
 )
@@ -38,6 +39,21 @@ def test_times_are_the_clients() -> None:
     """Response to the end, first token, and gaps between tokens."""
     item = told((1, "submitted", "a"), (2, "token", "a:0"), (5, "token", "a:1"), (6, "done", "a"))["a"]
     assert (item.response_s, item.ttft_s, item.gaps_s, item.weights_version) == (5, 1, [3], "0.3")
+
+
+def test_a_prediction_is_off_by_a_share_of_the_response() -> None:
+    """Either way; requests without a prediction, or without an end, aren't counted."""
+    items = told(
+        (0, "submitted", "a"),
+        (4, "done", "a"),
+        (0, "submitted", "b"),
+        (4, "done", "b"),
+        (0, "submitted", "c"),
+    )
+    items["a"].predicted_end = 5.0
+    assert [prediction_error(item) for item in items.values()] == [0.25, None, None]
+    found = summarize(list(items.values()), IDLE, nodes=1, blocked_s={})["prediction_error"]
+    assert found == {"p50": 0.25, "p95": 0.25, "p99": 0.25}
 
 
 def test_an_accepted_item_without_an_end_is_lost() -> None:

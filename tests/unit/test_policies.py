@@ -78,8 +78,13 @@ def test_every_shard_goes_to_a_member(policy: str, members: list[int], shards: i
 
 @given(st.lists(st.integers(0, 3), unique=True, min_size=1).map(sorted), st.integers(1, 9))
 def test_naive_mix_shares_a_step_evenly(members: list[int], shards: int) -> None:
-    """Each member gets neighbouring shards, as many as the others or one more."""
+    """Each member gets neighbouring shards, as many as the others or one more; over some steps all get the same."""
     nodes = share_step(settings_of("naive-mix"), members, 1, shards=shards)
     counts = Counter(dict.fromkeys(members, 0)) + Counter(nodes)
     assert list(nodes) == sorted(nodes)
     assert max(counts[m] for m in members) - min(counts[m] for m in members) <= 1
+    steps = range(1, len(members) + 1)
+    in_all = Counter(
+        m for step in steps for m in share_step(settings_of("naive-mix"), members, step, shards=shards)
+    )
+    assert set(in_all.values()) == {shards}

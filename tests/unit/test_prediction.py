@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lemix_coordinator.scheduling.cluster_state import FEW_NODES, ClusterState
 from lemix_coordinator.scheduling.columns import columns_of
 from lemix_coordinator.scheduling.node_state import NodeState
+from lemix_coordinator.scheduling.pass_times import iteration_of
 from lemix_coordinator.scheduling.prediction import predict, trace
 from scheduling_scene import HOP_S, filled, profile, work
 
@@ -25,6 +28,23 @@ def test_an_idle_node_answers_in_the_sum_of_its_stage_times(stages: int, nodes: 
     assert trace(state, one, nodes - 1, 5.0).waits_S == ("",) + ("immediate",) * (stages - 1)
 
 
+def test_a_long_requests_chunks_are_on_several_stages_at_once() -> None:
+    """The next stage is done a chunk after the one before; a request that fits into one pass is as ever."""
+    state = ClusterState.idle(profile(), 1)
+    lines = [stage.forward for stage in state.profile.stages]
+    long = work(lengths=(300,))
+    in_two, whole = replace(long, chunk_tokens=200), replace(long, chunk_tokens=300)
+    assert trace(state, whole, 0, 0.0) == trace(state, long, 0, 0.0)
+    spans = trace(state, in_two, 0, 0.0).forward_S
+    assert spans[0][1] == pytest.approx(lines[0].of(300, 300**2) + lines[0].base)
+    assert spans[1][0] == pytest.approx(
+        lines[0].base + lines[0].token * 100 + lines[0].context * (300**2 - 200**2) + HOP_S
+    )
+    assert spans[1][1] < trace(state, long, 0, 0.0).forward_S[1][1] + 2 * lines[1].base
+    columns = ClusterState.idle(profile(), FEW_NODES + 1)
+    assert predict(columns, in_two, 0.0).response_s[0] == pytest.approx(spans[1][1])
+
+
 def test_a_generation_ends_with_its_last_token() -> None:
     """An iteration through all stages for each token but the first, slower with the rows that decode there already."""
     state = ClusterState.idle(profile(), 2)
@@ -36,6 +56,40 @@ def test_a_generation_ends_with_its_last_token() -> None:
     ended = busy.ended("1", 0, 1.0)
     assert predict(busy, one, 1.0).response_s[0] > predict(busy, one, 1.0).response_s[1]
     assert predict(ended, one, 1.0).response_s[0] == pytest.approx(predict(ended, one, 1.0).response_s[1])
+
+
+STEPS = ((4, 4), (8, 1), (32, 4), (128, 16))
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=20))
+def test_an_iterations_rows_are_rounded_alike_everywhere(rows: list[int]) -> None:
+    """Of one node or of many at once, as the sum of the stages' own times says."""
+    one = profile()
+    stages = tuple(replace(stage, row_steps=STEPS) for stage in one.stages)
+    iteration = iteration_of(replace(one, stages=stages))
+    found = iteration.of_all(np.array(rows, dtype=float), np.full(len(rows), 500.0))
+    assert found.tolist() == pytest.approx([iteration.of(count, 500.0) for count in rows])
+    for count in rows:
+        hops_s = one.num_stages * HOP_S
+        assert iteration.of(count, 500.0) == pytest.approx(
+            sum(s.decode_s(count, 500.0) for s in stages) + hops_s
+        )
+
+
+@pytest.mark.parametrize("nodes", [1, FEW_NODES + 1])
+def test_requests_do_not_wait_for_training_that_gives_way(nodes: int) -> None:
+    """They are answered as on an idle node, and after each other; training waits for its own and for requests."""
+    idle = ClusterState.idle(profile(), nodes, training_gives_way=True)
+    trained = idle.assigned(work(0, kind="train"), 0, 0.0)
+    request, step = work(2, lengths=(200,)), work(3, kind="train")
+    alone_s = predict(idle, request, 0.0).response_s[0]
+    assert predict(trained, request, 0.0).response_s.tolist() == pytest.approx([alone_s] * nodes)
+    assert trace(trained, request, 0, 0.0).response_s == pytest.approx(alone_s)
+    queued = trained.assigned(work(1, lengths=(200,)), 0, 0.0)
+    assert predict(queued, request, 0.0).response_s[0] > alone_s
+    assert trace(trained, step, 0, 0.0).backward_S[0][1] > trace(idle, step, 0, 0.0).backward_S[0][1]
+    late = trained.forward_measured("0", 0, 0, 0.0, 9.0)
+    assert predict(late, request, 0.0).response_s[0] == pytest.approx(alone_s)
 
 
 def test_a_forward_waits_for_the_backward_that_it_would_run_into() -> None:

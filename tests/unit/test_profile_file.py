@@ -25,6 +25,7 @@ PROFILE = Profile(
             kv_token_bytes=4096.0,
             weight_bytes=67_387_392,
             training_bytes=202_162_176,
+            row_steps=((4, 4), (8, 1), (32, 4)),
         ),
     ),
     hop=Cost(1e-4, 5e-7),
@@ -52,6 +53,15 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["m.json"]
 
 
+def test_a_profile_of_the_first_schema_is_read(tmp_path: Path) -> None:
+    """There each row counts: nothing was known of steps."""
+    path = tmp_path / "m.json"
+    first = changed("schema", to=1)
+    del first["stages"][0]["row_steps"]
+    path.write_text(json.dumps(first), "utf-8")
+    assert read_profile(path).stages[0].row_steps == ()
+
+
 def test_a_line_that_was_not_measured_is_none(tmp_path: Path) -> None:
     """Of a training's forward there may be no figures of its own."""
     path = tmp_path / "m.json"
@@ -62,7 +72,7 @@ def test_a_line_that_was_not_measured_is_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (changed("schema", to=2), "its schema is 2, and 1 is what can be read"),
+        (changed("schema", to=3), "its schema is 3, and 1 to 2 can be read"),
         (changed("source", to="guess"), "source is 'guess', not measured or roofline"),
         (changed("model", to=7), "model is 7, not a name"),
         (changed("stages", to=[]), "stages is not a list of stages"),
@@ -72,6 +82,10 @@ def test_a_line_that_was_not_measured_is_none(tmp_path: Path) -> None:
             changed("stages", 0, "decode", "token", to=-1),
             r"stages\[0\].decode.token is -1, not a number from 0",
         ),
+        (changed("stages", 0, "row_steps", to=[[8, 0]]), r"stages\[0\].row_steps is not ascending from 1 on"),
+        (changed("stages", 0, "row_steps", to=[[8, 1], [4, 4]]), r"row_steps is not ascending"),
+        (changed("stages", 0, "row_steps", to=[[8, 1, 1]]), r"row_steps is not a list of pairs"),
+        (changed("stages", 0, "row_steps", to=[8]), r"row_steps is not a list of pairs"),
         (changed("hop", "base", to=float("nan")), "hop.base is nan, not a number from 0 on"),
         (changed("memory_bytes", to=1.5), "memory_bytes is 1.5, not a whole number"),
         (changed("load_s", to=True), "load_s is True, not a number"),

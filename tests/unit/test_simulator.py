@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 
@@ -291,7 +292,10 @@ def test_generations_share_iterations(batching: Batching, ttft_s: list[float]) -
 
 
 def test_scores_share_passes_as_in_the_workers() -> None:
-    """At most so many tokens a pass, in chunks, as many passes on their way as stages; nothing is computed twice."""
+    """At most so many tokens a pass, in chunks, as many passes on their way as stages; nothing is computed twice.
+
+    That a score has ended is known when its first stage is between two passes.
+    """
     requests = [work_of(number, lengths=(100,)) for number in range(3)]
     outcome = simulate(
         Scenario(
@@ -310,7 +314,54 @@ def test_scores_share_passes_as_in_the_workers() -> None:
         ("score-2", (), pytest.approx(0.045), pytest.approx(0.06)),
     ]
     assert passes == expected
-    assert [record.ended_at for record in outcome.records] == pytest.approx([0.04, 0.07, 0.085])
+    assert [record.ended_at for record in outcome.records] == pytest.approx([0.045, 0.07, 0.085])
+
+
+@pytest.mark.parametrize("order", ["fifo", "urgency"])
+@pytest.mark.parametrize("kind", ["score", "generate"])
+def test_everything_ends_once_as_in_the_workers(order: Order, kind: str) -> None:
+    """By their rules, too: all is trained, one step at a time, and nothing overlaps."""
+    requests, training = poisson_load(100, 20, kind="generate" if kind == "generate" else "score", new=5)
+    outcome = simulate(
+        Scenario(
+            profile=line_profile(hop=Cost(base=1e-4)),
+            nodes=3,
+            policy=ByTurns(),
+            requests=requests,
+            training=training,
+            order=order,
+            microbatches=2,
+            pass_tokens=512,
+            keep_intervals=True,
+        )
+    )
+    assert [record.item for record in outcome.records] == [work.item for work in (*requests, *training)]
+    trained_s = sum(one.ended - one.began for one in outcome.intervals if one.cat.startswith("training"))
+    rows_s = sum(0.01 * len(work.lengths) + 1e-4 * work.tokens for work in training)
+    assert trained_s == pytest.approx(2 * 3 * rows_s)
+    assert_nothing_overlaps(outcome.intervals)
+
+
+def test_the_next_step_comes_with_the_commit_as_in_the_workers() -> None:
+    """On another node it begins at once; on the same one each stage runs the optimizer first."""
+    training = [work_of(number, kind="train") for number in range(3)]
+    outcome = simulate(
+        Scenario(
+            profile=line_profile(2),
+            nodes=2,
+            policy=ByTurns(),
+            training=[training[0], replace(training[1], number=0), training[2]],
+            pass_tokens=512,
+        )
+    )
+    step_s = 2 * 0.02 + 2 * 0.04  # both stages' forwards and backwards
+    began = [record.began_at for record in outcome.records]
+    assert [record.node for record in outcome.records] == [0, 0, 0]
+    assert began == pytest.approx([0.0, step_s + 0.005, 2 * (step_s + 0.005)])
+    elsewhere = simulate(
+        Scenario(profile=line_profile(2), nodes=3, policy=ByTurns(), training=training, pass_tokens=512)
+    )
+    assert [record.began_at for record in elsewhere.records] == pytest.approx([0.0, step_s, 2 * step_s])
 
 
 def test_requests_take_what_was_predicted() -> None:

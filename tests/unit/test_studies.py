@@ -10,8 +10,12 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import structlog
+import typer
+from typer.testing import CliRunner
 
 from lemix_common.errors import BadInput
+from lemix_studies import study_cli
 from lemix_studies.accelerators import MODELS
 from lemix_studies.experiments.arrivals import ALTERNATING, alternating, as_traced
 from lemix_studies.experiments.journal import JOURNAL, Journal, Row, write_table
@@ -212,7 +216,7 @@ def test_a_study_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest
         file.write('{"study": "spp-g')
     found = go_on(second)
     assert {key: json.dumps(row) for key, row in found.items()} == {
-        key: json.dumps(row) for key, row in whole.items()
+        key: json.dumps({**row, "on": "simulator"}) for key, row in whole.items()
     }
     assert len(first.points) + len(second.points) == len(whole)
     assert not tasks_of(plans, journal.begin(resumes=True))
@@ -224,6 +228,21 @@ def test_a_foreign_journal_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"points\.jsonl:1: not a point"):
         Journal(tmp_path).begin(resumes=True)
     assert Journal(tmp_path).begin(resumes=False) == {}
+
+
+def test_a_report_of_another_kind_of_cluster_is_not_gone_on_with(tmp_path: Path) -> None:
+    """Points of the simulator are not taken for those of emulated accelerators: it says so, and keeps them."""
+    row = {**Point(SETTING, LIKE).values, "on": "simulator"}
+    Journal(tmp_path).add([row])
+    app = typer.Typer()
+    app.callback()(lambda: None)
+    study_cli.register(app)
+    asked = ["study", "spp-gpt", "--on", "emulated", "--resume", "--report", str(tmp_path)]
+    result = CliRunner().invoke(app, asked)
+    structlog.reset_defaults()  # a command sets up logging for its own process
+    assert result.exit_code == 2
+    assert "has points of --on simulator" in result.stderr
+    assert Journal(tmp_path).begin(resumes=True) == {key_of(row): row}
 
 
 def test_the_table_is_tidy(tmp_path: Path) -> None:

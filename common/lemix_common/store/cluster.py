@@ -46,6 +46,10 @@ if schedule and (schedule == 'a-pp') ~= (settings.schedule == 'a-pp') then
   -- from here on steps are late, or no longer late: the first one has no weights that are older than the last
   redis.call('HSET', K.run(run), 'base', redis.call('HGET', K.run(run), 'committed'))
 end
+local device = redis.call('HGET', K.settings, 'device')
+if device and device ~= settings.device and device:sub(1, 9) == 'emulated:' then
+  redis.call('DEL', K.profile) -- it was that of accelerators that aren't there
+end
 redis.call('DEL', K.settings, K.model)
 for name, value in pairs(settings) do redis.call('HSET', K.settings, name, value) end
 for name, value in pairs(model) do redis.call('HSET', K.model, name, value) end

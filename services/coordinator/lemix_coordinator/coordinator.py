@@ -212,7 +212,8 @@ class Coordinator:
             goes_on=start.goes_on,
         )
         if answer == "ok":
-            self.scheduler.started(start.step, shard_nodes)
+            attempt = view.run.attempt + (not start.goes_on)
+            self.scheduler.started(start.step, shard_nodes, attempt=attempt)
         log.info("step_started", step=start.step, members=start.members, reason=start.reason, answer=answer)
 
     def _end_version(self, command: RetireVersion | ClearVersion) -> None:

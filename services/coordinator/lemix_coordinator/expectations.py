@@ -36,8 +36,7 @@ class IdleTimes:
         count = self.count + 1
         generations, itl_s, response_s = self.num_generations, self.itl_s, forward_s
         if work.kind == "generate":
-            each = cluster.iteration
-            alone_s = each.base_s + each.row_s + each.context_s * work.decoded_contexts
+            alone_s = cluster.iteration.of(1, work.decoded_contexts)
             generations += 1
             itl_s += (alone_s - itl_s) / generations
             response_s += alone_s * max(0, work.new_tokens - 1)

@@ -27,8 +27,12 @@ def place_item(settings: ClusterSettings, ready: Sequence[int], sequence: int) -
 def share_step(
     settings: ClusterSettings, members: Sequence[int], step: int, *, shards: int
 ) -> tuple[int, ...]:
-    """The member that computes each virtual shard of a step; every shard goes to one node, whoever is a member."""
+    """The member that computes each virtual shard of a step; every shard goes to one node, whoever is a member.
+
+    From step to step another member is the first: where there are fewer shards than members, they compute in turn.
+    """
     if settings.policy == "random":
         draw = random.Random(f"{settings.seed}:step:{step}")
         return tuple(draw.choice(members) for _ in range(shards))
-    return tuple(sorted(islice(cycle(members), shards)))
+    first = (step - 1) % len(members)
+    return tuple(sorted(islice(cycle((*members[first:], *members[:first])), shards)))

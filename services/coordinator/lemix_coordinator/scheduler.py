@@ -23,7 +23,6 @@ from lemix_coordinator.policies import place_item, share_step
 from lemix_coordinator.scheduling.cluster_state import ClusterState
 from lemix_coordinator.scheduling.live import LiveState, neutral_profile, shard_name
 from lemix_coordinator.scheduling.policies import Policy, PolicyOptions, Preference, make_policy
-from lemix_coordinator.scheduling.prediction import trace
 from lemix_coordinator.scheduling.work import Decision, Resize, Work
 from lemix_coordinator.view import ClusterView
 
@@ -116,7 +115,8 @@ class Scheduler:
             profile = neutral_profile([layers // self.settings.stages] * self.settings.stages)
         self._events = self.broker.last_id(self.broker.keys.events)
         self._pieces, self._shards, self._looked_at = {}, {}, 0.0
-        return LiveState.begin(profile, self.settings.nodes, now)
+        gives_way = self.settings.order == "urgency"
+        return LiveState.begin(profile, self.settings.nodes, now, training_gives_way=gives_way)
 
     def _spans(self) -> list[Mapping[str, Any]]:
         """What ran since the last look."""
@@ -129,14 +129,26 @@ class Scheduler:
         held: dict[str, int] = {}
         for node in range(self.settings.nodes):
             held |= {entry.fields["item"]: node for entry in self.items.work_of(node)}
+        live = self._with_answers(live, live.gone(held))
         unknown = [item for item in held if item not in live.where]
         works = self.works_of(unknown)
         return live.with_outstanding(held, [(work, held[item]) for item, work in works.items()], now)
 
+    def _with_answers(self, live: LiveState, gone: Sequence[str]) -> LiveState:
+        """What those of them took that were answered."""
+        hashes = self.broker.hashes(self.broker.keys.item(item) for item in gone) if gone else []
+        for item, fields in zip(gone, hashes, strict=True):
+            if fields.get("state") == "done":
+                live = live.with_answer(item, float(fields["ended_at"]))
+        return live
+
     def _without_ended_steps(self, live: LiveState, run: RunState, now: float) -> LiveState:
         is_other = run.attempt != self._attempt
-        self._attempt = run.attempt
-        for step in [step for step in self._shards if is_other or step <= run.attempt_done]:
+        ended = [step for step in self._shards if is_other or step <= run.attempt_done]
+        return self._without_steps(live, ended, now)
+
+    def _without_steps(self, live: LiveState, steps: Iterable[int], now: float) -> LiveState:
+        for step in steps:
             gone = self._shards.pop(step)
             for name in gone:
                 live = live.without(name, now)
@@ -175,7 +187,9 @@ class Scheduler:
             names, self.broker.hashes(self.broker.keys.item(name) for name in names), strict=True
         ):
             if "kind" in fields and is_wanted(fields.get("state", "")):
-                works[item] = work_of(item, fields, self.number)
+                works[item] = replace(
+                    work_of(item, fields, self.number), chunk_tokens=self.settings.max_batch_tokens
+                )
                 self.number += 1
         return works
 
@@ -192,7 +206,7 @@ class Scheduler:
             log.error("policy_failed", policy=self.policy.name, reason=f"node {node} takes no work")
             node = ready[work.number % len(ready)]
         self.idle = self.idle.with_request(live.cluster, work)
-        ends_at = work.arrived_at + trace(live.cluster, work, node, now).response_s
+        ends_at = live.end_of(work, node, now)
         objective = objective_of(work, self.idle, slo_s=self.settings.slo_s, has_profile=self.has_profile)
         self.live = live.with_work(work, node, now)
         return Placement(node, {"predicted_end_at": f"{ends_at:.6f}", **objective})
@@ -225,6 +239,7 @@ class Scheduler:
         works = self._shard_works(planned, now)
         if not self.policy.uses_state or not works:
             return share_step(self.settings, members, step, shards=planned.num_shards)
+        self.refresh()
         wanted = (run.attempt, step)
         if self._wanted[0] != wanted:
             self._wanted = (wanted, now)
@@ -247,10 +262,13 @@ class Scheduler:
             self.live = before
         return tuple(nodes)
 
-    def started(self, step: int, nodes: Sequence[int]) -> None:
-        """A step's shards are on these nodes from now on."""
+    def started(self, step: int, nodes: Sequence[int], *, attempt: int) -> None:
+        """A step's shards are on these nodes from now on, and nothing is of an earlier attempt."""
         assert self.live is not None
         planned, now = self.training.step(step), self.broker.clock.now()
+        if attempt != self._attempt:
+            self.live = self._without_steps(self.live, list(self._shards), now)
+            self._attempt = attempt
         names = []
         for shard, work in enumerate(self._shard_works(planned, now)):
             if work is not None:

@@ -20,7 +20,7 @@ from lemix_common.sampling import Sampling
 from lemix_stage_worker.batching import Wants
 from lemix_stage_worker.device import wait_for
 from lemix_stage_worker.hosted_stage import HostedStage, OpenedItem
-from lemix_stage_worker.model.paged_attention import PagedRow
+from lemix_stage_worker.model.paged_row import PagedRow
 from lemix_stage_worker.model.sampling import Choice, Chooser, choose_tokens
 from lemix_stage_worker.model.scoring import token_logprobs
 from lemix_stage_worker.model.stage import StageModel

@@ -217,11 +217,18 @@ class Learner:
 
     # ---- the course of the work
     def _go_on(self) -> None:
-        """Conclude what is complete, and give the compute loop the next piece."""
+        """Conclude what is complete, and give the compute loop the next piece.
+
+        In the steps' order: the last report of a step commits it, and no other call would commit one that was whole
+        before the step before it.
+        """
+        is_next = True
         for work in list(self.steps.values()):
             if work.weights is None and self.host.training is not None:
                 work.weights = self.host.training.weights_at(work.notice.weights)
-            self._exchange.conclude(work)
+            if is_next:
+                self._exchange.conclude(work)
+                is_next = work.total is not None
         if (piece := self._course.take(self._can_run, self._is_held_up)) is not None:
             if piece.work is Work.FORWARD:
                 self._reserved[piece.step, piece.microbatch] = self._predicted_bytes(piece)

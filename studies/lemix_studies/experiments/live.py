@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,12 @@ from lemix_common.profile_file import write_profile
 from lemix_common.settings import EMULATED, ClusterSettings
 from lemix_coordinator.scheduling.work import Work
 from lemix_studies.accelerators import profile_of
+from lemix_studies.experiments.live_measures import (
+    in_its_time,
+    inference_loss,
+    measures_of_spans,
+    trained_when_committed,
+)
 from lemix_studies.experiments.settings import Point, Setting, Variant
 from lemix_studies.experiments.stand_in import write_stand_in
 from lemix_studies.experiments.workloads import Sources, Workload, workload_of
@@ -41,18 +47,13 @@ from lemix_studies.workload import PlannedArrival, WorkloadOptions
 On = Literal["emulated", "real"]
 CONTEXT_LENGTH: Final = 2048
 """Of the stand-in for a model whose accelerators are emulated."""
-LEAST_STAGE_S: Final = 0.05
+LEAST_STAGE_S: Final = 0.15
 """A request's time on a stage, on average, below which emulated accelerators are slowed down."""
+LEAST_STEP_S: Final = 1.5
+"""Likewise a training step's on all stages, forward and back: 25 ms go by between two steps."""
+NEVER: Final = 1_000_000
+"""Steps between two publications, or checkpoints: more than any point has."""
 _PREFIX: Final = "study"
-_TIMES: Final = ("duration_s", "node_seconds", "slo_base_s", "max_lateness_s", "paper_span_s")
-_DISTRIBUTIONS: Final = ("response_s", "ttft_s", "itl_s")
-_RATES: Final = (
-    "items_per_second",
-    "items_per_node_second",
-    "goodput_per_second",
-    "goodput_per_node_second",
-    "paper_throughput",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,8 @@ def run_live(
     """Start a cluster, replay the point's arrivals, stop it; the measures, and a report in a folder if one is given.
 
     ``model``: the folder of the model that computes; with emulated accelerators a stand-in is made if there is none.
-    ``slowdown``: of emulated accelerators; None: as much as short requests need. `BadInput` for what can't be run so.
+    ``slowdown``: of emulated accelerators; None: as much as short requests and steps need. `BadInput` for what can't
+    be run so.
     """
     with _folder() as folder:
         plan = plan_live(point, on=on, model=model, folder=folder, sources=sources, slowdown=slowdown)
@@ -85,7 +87,9 @@ def run_live(
         directory.mkdir(parents=True, exist_ok=True)
         outcome = trained_when_committed(_replay(plan, folder / "data", directory))
         options = WorkloadOptions(seed=point.setting.seed, time_scale=plan.slowdown)
-        summary = summary_of(outcome, options, directory) | _of_spans(outcome)
+        summary = summary_of(outcome, options, directory) | measures_of_spans(outcome)
+        if on == "real":  # emulated accelerators learn nothing
+            summary |= {"inference_loss": inference_loss(outcome), "computed_by": Path(str(model)).name}
         if report is not None:
             write_report(report, outcome, summary, command=f"lemix study {point.setting.study}")
     return in_its_time(summary, plan.slowdown)
@@ -130,7 +134,12 @@ def plan_live(
 
 
 def settings_of(setting: Setting, variant: Variant, *, model: str, device: str) -> ClusterSettings:
-    """The point's cluster. A policy that is kept to some nodes has a cluster of so many."""
+    """The point's cluster. A policy that is kept to some nodes has a cluster of so many.
+
+    What computes learns one model, and serves each of its versions. Emulated accelerators have nothing to learn: a step
+    is that of the node which computes it, as in the paper, and none is published.
+    """
+    is_emulated = device.startswith(EMULATED)
     nodes = setting.nodes if variant.use_nodes is None else variant.use_nodes
     if variant.policy.endswith("+") and variant.use_nodes is None:
         raise BadInput(f"{variant.policy}: say on how many nodes")
@@ -139,7 +148,6 @@ def settings_of(setting: Setting, variant: Variant, *, model: str, device: str) 
         "microbatches": min(setting.microbatches, setting.rows),
         "schedule": setting.schedule,
         "virtual_shards": 1,
-        "replicas": "independent",
     }
     if setting.release == "a-pp":
         training = {"step_examples": max(setting.rows, setting.stages * nodes), "schedule": "a-pp"}
@@ -154,11 +162,12 @@ def settings_of(setting: Setting, variant: Variant, *, model: str, device: str) 
             max(setting.training_rate if variant.split is None else variant.split, 0.01), 0.99
         ),
         order=setting.stage_order,
-        max_running=setting.decode_batch,
+        max_running=setting.decode_batch * setting.stages,
         max_batch_tokens=CONTEXT_LENGTH,
         max_queue=max(10_000, 2 * setting.items * setting.rows),
-        publish_every=1_000_000,
-        checkpoint_every=1_000_000,
+        publish_every=NEVER if is_emulated else 1,
+        replicas="independent" if is_emulated and setting.release == "s-pp" else "allreduce",
+        checkpoint_every=NEVER,
         seed=setting.seed,
         **training,
     )
@@ -186,12 +195,25 @@ def arrivals_of(workload: Workload, slowdown: float, vocab_size: int, seed: int)
 
 
 def slowdown_for(profile: Profile, workload: Workload) -> float:
-    """By how much accelerators are slowed down so that an average request takes long enough on a stage."""
-    times = [
+    """By how much accelerators are slowed down so that average requests and steps take long enough."""
+    stage_s = [
         fmean(stage.forward.of(work.tokens, work.contexts) for stage in profile.stages)
         for work in workload.requests
     ]
-    return max(1.0, LEAST_STAGE_S / fmean(times)) if times else 1.0
+    step_s = [
+        sum(
+            stage.forward_of(is_training=True).of(work.tokens, work.contexts)
+            + stage.backward.of(work.tokens, work.contexts)
+            for stage in profile.stages
+        )
+        for work in workload.training
+    ]
+    factors = [
+        least_s / fmean(times)
+        for times, least_s in ((stage_s, LEAST_STAGE_S), (step_s, LEAST_STEP_S))
+        if times
+    ]
+    return max(1.0, *factors) if factors else 1.0
 
 
 def slowed(profile: Profile, factor: float) -> Profile:
@@ -214,40 +236,6 @@ def slowed(profile: Profile, factor: float) -> Profile:
     return replace(profile, stages=stages, hop=times(profile.hop), load_s=factor * profile.load_s)
 
 
-def trained_when_committed(outcome: Outcome) -> Outcome:
-    """Examples that ended with their step's optimizers, not with the publication of its version."""
-    stepped: dict[str, float] = {}
-    for span in outcome.spans:
-        if span["cat"] == "optimizer":
-            stepped[span["item"]] = max(span["end"], stepped.get(span["item"], 0.0))
-    ends = {
-        item: stepped[name]
-        for step in outcome.steps
-        if (name := f"{step.run_id}:{step.step}") in stepped
-        for item in step.items
-    }
-    items = [replace(item, ended=ends.get(item.item, item.ended)) for item in outcome.items]
-    return replace(outcome, items=items)
-
-
-def in_its_time(summary: Mapping[str, object], slowdown: float) -> dict[str, object]:
-    """A slowed run's measures as those of the accelerator that was meant."""
-    measures = dict(summary)
-    for name in _TIMES:
-        measures[name] = _scaled(measures.get(name), 1 / slowdown)
-    for name in _RATES:
-        measures[name] = _scaled(measures.get(name), slowdown)
-    for name in _DISTRIBUTIONS:
-        of_name = measures[name]
-        assert isinstance(of_name, dict)
-        measures[name] = {part: _scaled(value, 1 / slowdown) for part, value in of_name.items()}
-    return measures
-
-
-def _scaled(value: object, factor: float) -> float | None:
-    return value * factor if isinstance(value, (int, float)) else None
-
-
 def _parts(work: Work, length: int) -> tuple[int, int]:
     """A row as prompt and reference, or answer; each has a token at least."""
     if work.kind == "generate":
@@ -261,26 +249,6 @@ def _replay(plan: LivePlan, data_dir: Path, report: Path) -> Outcome:
         connection = open_connection(Address(url, DEFAULT_CLUSTER, data_dir), patience_s=PATIENCE_S)
         with closing(connection.broker.client), (report / HISTORY).open("w", encoding="utf-8") as history:
             return run_replay(connection, plan.arrivals, history, prefix=_PREFIX, data_dir=None)
-
-
-def _of_spans(outcome: Outcome) -> dict[str, object]:
-    """What the paper measures: items by the sum over nodes of first start to last end; nodes that got work."""
-    items = {item.item for item in outcome.items}
-    spans = [span for span in outcome.spans if span["item"] in items or ":" in span["item"]]
-    by_node: dict[int, list[Mapping[str, Any]]] = {}
-    for span in spans:
-        by_node.setdefault(span["node"], []).append(span)
-    span_s = sum(
-        max(span["end"] for span in of_node) - min(span["start"] for span in of_node)
-        for of_node in by_node.values()
-    )
-    done = sum(item.is_done for item in outcome.items)
-    return {
-        "paper_span_s": span_s,
-        "paper_throughput": done / span_s if span_s else 0.0,
-        "active_nodes": len(by_node),
-        "trained": sum(item.is_done for item in outcome.items if item.kind == "train"),
-    }
 
 
 def _refuse_ablations(variant: Variant) -> None:

@@ -33,6 +33,11 @@ _RATIOS: Final = (
     "goodput per node-second", "response p95 (s)", "makespan (s)", "node-seconds",
 )  # fmt: skip
 _MOST_BEATEN: Final = 10
+_ON: Final = {
+    "simulator": "on the simulator",
+    "emulated": "on emulated accelerators",
+    "real": "on this machine",
+}
 _LOSS: Final = "Inference loss needs a model that computes: it is there with `--on real` only."
 
 
@@ -92,7 +97,9 @@ def _report(summary: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[str
     yield f"# {summary['study']}\n"
     seeds = ", ".join(map(str, summary["seeds"]))
     kinds = len({place_of(row) for row in rows})
-    yield f"{len(rows)} points in {kinds} settings on the {summary['on']}; seeds {seeds}."
+    yield f"{len(rows)} points in {kinds} settings {_ON.get(summary['on'], '')}; seeds {seeds}."
+    yield from _computed_by(rows)
+    yield _counts(rows)
     if summary["quick"]:
         yield "A quick run: fewer settings and items than the study has."
     if summary["on"] == "simulator":
@@ -127,6 +134,22 @@ def _report(summary: Mapping[str, Any], pictures: Sequence[str]) -> Iterator[str
     if pictures:
         yield "## Pictures\n"
         yield from (f"![{name.removesuffix('.png')}]({name})\n" for name in pictures)
+
+
+def _computed_by(rows: Rows) -> Iterator[str]:
+    """Which models stood for those of the study."""
+    for own, folder in sorted({(row["model"], row["computed_by"]) for row in rows if row.get("computed_by")}):
+        yield f"{folder} computed in place of {own}."
+
+
+def _counts(rows: Rows) -> str:
+    """What became of all items."""
+    total = {
+        name: sum(row.get(name) or 0 for row in rows) for name in ("submitted", "done", "lost", "duplicated")
+    }
+    return "{submitted} items were submitted, {done} done, {lost} lost, {duplicated} done twice.".format(
+        **total
+    )
 
 
 def _against_others(rows: Rows) -> Iterator[str]:

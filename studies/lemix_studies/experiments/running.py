@@ -74,7 +74,8 @@ def run_tasks(
         batches: Iterator[list[Row]] = _in_parallel(tasks, where, sources, processes)
     else:
         batches = ([row] for task in tasks for row in run_task(task, runner))
-    for rows in batches:
+    for measured in batches:
+        rows = [{**row, "on": where} for row in measured]
         journal.add(rows)
         for row in rows:
             told(row)

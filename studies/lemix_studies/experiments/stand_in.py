@@ -1,6 +1,8 @@
 """The folder of a model that is nobody's: what an emulated cluster has in place of the one whose profile it acts by.
 
-It has a tokenizer, as many layers as there are stages, a context as long as the real one's, and next to no weights.
+It has a tokenizer, as many layers as there are stages, a context as long as the real one's, and next to no weights. Its
+head isn't the embedding: the first and the last stage would have to exchange that one's gradients before each commit,
+which profiles know nothing of.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _CONFIG: Final = {
     "num_attention_heads": 1,
     "num_key_value_heads": 1,
     "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 
 
@@ -46,6 +48,7 @@ def _shapes(layers: int, vocab_size: int) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab_size, HIDDEN),
         "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (vocab_size, HIDDEN),
     }
     for layer in range(layers):
         of_layer = {

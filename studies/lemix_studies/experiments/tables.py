@@ -23,6 +23,7 @@ MEASURES: Final[Mapping[str, tuple[str, ...]]] = {
     "SLO attainment 5×": ("slo_attainment", "5"),
     "SLO attainment 10×": ("slo_attainment", "10"),
     "response p95 (s)": ("response_s", "p95"),
+    "inference loss": ("inference_loss",),
     "time to first token p95 (s)": ("ttft_s", "p95"),
     "inter-token p95 (s)": ("itl_s", "p95"),
     "makespan (s)": ("duration_s",),
@@ -150,8 +151,8 @@ def table_by(rows: Rows, axis: str, measure: str, written: Callable[[float], str
 
 
 def is_lower_better(measure: str) -> bool:
-    """Seconds cost; everything else is gained."""
-    return measure.endswith("(s)") or measure == "node-seconds"
+    """Seconds cost, and losses are; everything else is gained."""
+    return measure.endswith("(s)") or measure in {"node-seconds", "inference loss"}
 
 
 def _best(values: Sequence[float], measure: str) -> float:

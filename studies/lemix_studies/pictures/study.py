@@ -23,6 +23,7 @@ PANELS: Final[Mapping[str, Sequence[str]]] = {
     "goodput": ("goodput per second", "goodput per node-second"),
     "slo": ("SLO attainment 1×", "SLO attainment 5×", "SLO attainment 10×"),
     "response": ("response p95 (s)", "makespan (s)", "node-seconds"),
+    "loss": ("inference loss",),
     "tokens": ("time to first token p95 (s)", "inter-token p95 (s)"),
 }
 """A picture each; a row a measure."""
@@ -35,6 +36,10 @@ NAMES: Final = {
 _WIDTH_IN, _ROW_IN, _LEGEND_IN = 3.4, 2.3, 0.26
 _MARKERS: Final = "osD^vP<>Xhp*"
 _MOST_LINES: Final = 16
+_FEW: Final = (1.0, 2.0, 5.0)
+_MANY: Final = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+"""Where an axis is marked within a decade; the more where it spans little."""
+_FAR: Final = 8.0
 _LEGEND_COLUMNS: Final = 4
 
 
@@ -69,13 +74,18 @@ def _picture(rows: Rows, study: str, axis: str, measures: Sequence[str], form: F
             for measure, panel in zip(measures, column, strict=True):
                 _panel(panel, mean_by(own, axis, measure), measure, labels)
                 _along(panel, sorted({float(row[axis]) for row in rows if row[axis] is not None}), axis)
-            column[0].set_title(model)
+            column[0].set_title(_title(model, own))
             column[-1].set_xlabel(NAMES[axis])
         for measure, panel in zip(measures, grid[:, 0], strict=True):
             panel.set_ylabel(measure.replace(", the", ",\nthe"))
         handles, names = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower left", ncols=_LEGEND_COLUMNS, handlelength=3.2)
         return rendered(figure, form)
+
+
+def _title(model: str, rows: Rows) -> str:
+    computed_by = {str(row["computed_by"]) for row in rows if row.get("computed_by")}
+    return f"{', '.join(sorted(computed_by))} in place of {model}" if computed_by else model
 
 
 def _panel(
@@ -92,9 +102,10 @@ def _panel(
     if "attainment" in measure:
         panel.set_ylim(-0.03, 1.03)
         panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-    else:
+    elif measure != "inference loss":
         panel.set_yscale("log")
-        panel.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0), numticks=8))
+        low, high = panel.get_ylim()
+        panel.yaxis.set_major_locator(LogLocator(10, subs=_FEW if high > _FAR * low else _MANY, numticks=12))
         panel.yaxis.set_minor_locator(NullLocator())
         is_time = measure.endswith("(s)")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: duration(y) if is_time else f"{y:g}"))

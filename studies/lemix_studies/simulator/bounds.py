@@ -161,7 +161,7 @@ def _alone_s(work: Work, scenario: Scenario) -> float:
 
 
 def _request_s(work: Work, stage: int, profile: Profile, *, rows: int) -> float:
-    """Of a request on a stage, whose iterations' fixed part is shared by so many rows."""
+    """Of a request on a stage, whose iterations' fixed part is shared by so many rows, none of them rounded up."""
     costs = profile.stages[stage]
     own = len(work.lengths)
     first = costs.forward.of(work.tokens, work.contexts)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
 
 from lemix_common.costs import StageCosts
 from lemix_studies.simulator.jobs import GenerationJob, Iteration, Job
@@ -26,12 +27,14 @@ class Stage:
         "costs",
         "credit",
         "end_at",
+        "inbox",
         "is_busy",
         "last_backward",
         "node",
         "number",
         "optimizer_s",
         "piece",
+        "steps_done",
         "training",
         "turn",
         "waiting",
@@ -40,11 +43,7 @@ class Stage:
     def __init__(self, node: Node, number: int, costs: StageCosts, credit: Credit) -> None:
         self.node = node
         self.number = number
-        forward, decode = costs.forward, costs.decode
-        self.costs = (
-            *(forward.base, forward.token, forward.context),
-            *(decode.base, decode.token, decode.context),
-        )
+        self.costs = costs
         self.optimizer_s = costs.optimizer_s
         self.credit = credit
         self.is_busy = False
@@ -58,6 +57,10 @@ class Stage:
         """In the paper's order everything, else requests."""
         self.training: list[tuple[int, int, Piece]] = []
         """By urgency: a heap of what training has ready."""
+        self.inbox: deque[tuple[Callable[[Any, Any], None], Any, Any]] = deque()
+        """What a worker that computes for requests hasn't looked at yet."""
+        self.steps_done = 0
+        """As a worker: training steps whose optimizer has run here."""
 
 
 class Node:

@@ -26,12 +26,13 @@ WITHOUT_LIMIT: Final = 2**31
 class Generations:
     """All nodes' generations."""
 
-    __slots__ = ("_at_once", "_batch", "_chunk", "_is_paper", "_most_tokens", "_run", "_wait_s")
+    __slots__ = ("_as_worker", "_at_once", "_batch", "_chunk", "_is_paper", "_most_tokens", "_run", "_wait_s")
 
     def __init__(self, run: Run) -> None:
         scenario = run.scenario
         self._run = run
         self._is_paper = scenario.batching == "paper"
+        self._as_worker = scenario.is_as_workers
         self._at_once = 1 if self._is_paper else run.num_stages
         """Iterations on their way."""
         self._batch = scenario.decode_batch
@@ -47,6 +48,12 @@ class Generations:
 
     def begin(self, node: Node, job: GenerationJob) -> None:
         """In line for its prompts' passes."""
+        if self._as_worker:
+            self._run.stages.deliver(node.stages[0], self._line_up, node, job)
+        else:
+            self._line_up(node, job)
+
+    def _line_up(self, node: Node, job: GenerationJob) -> None:
         node.generating.waiting.append(job)
         self._ask(node)
 
@@ -85,11 +92,17 @@ class Generations:
         if stage.number + 1 < run.num_stages:
             hop_s = run.profile.hop.of(iteration.prompt_tokens + iteration.rows)
             run.push(run.now + hop_s, self._arrived, stage.node.stages[stage.number + 1], iteration)
+        elif self._as_worker:  # it is stage 0 that plans, and tells the clients
+            run.stages.deliver(stage.node.stages[0], self._tokens, stage.node, iteration)
         else:
-            self._tokens(stage.node.generating, iteration)
-        self._ask(stage.node)
+            self._tokens(stage.node, iteration)
+            return
+        if not (self._as_worker and stage.number):
+            self._ask(stage.node)
 
-    def _tokens(self, generating: Generating, iteration: Iteration) -> None:
+    def _tokens(self, node: Node, iteration: Iteration) -> None:
+        """An iteration is through: everybody in it has a token."""
+        generating = node.generating
         generating.in_flight -= 1
         for job in iteration.decoding + iteration.through:
             if not job.num_decoding:
@@ -103,8 +116,15 @@ class Generations:
                 generating.num_rows -= job.num_decoding
                 gaps_s = tuple([later - earlier for earlier, later in pairwise(times)])
                 self._run.end(job, times[0], gaps_s)
+        self._ask(node)
 
     def _arrived(self, stage: Stage, iteration: Iteration) -> None:
+        if self._as_worker:
+            self._run.stages.deliver(stage, self._wait, iteration, stage)
+        else:
+            self._wait(iteration, stage)
+
+    def _wait(self, iteration: Iteration, stage: Stage) -> None:
         self._run.stages.enqueue(stage, ITERATION, iteration, 0, 0.0)
 
     def _ask(self, node: Node) -> None:

@@ -47,4 +47,4 @@ def decode_s(profile: Profile, work: Work) -> float:
     rows = len(work.lengths)
     # The k-th of them attends to k tokens more than the prompt has, itself included.
     contexts = work.tokens + rows * (following + 1) / 2
-    return following * sum(stage.decode.of(rows, contexts) for stage in profile.stages)
+    return following * sum(stage.decode_s(rows, contexts) for stage in profile.stages)

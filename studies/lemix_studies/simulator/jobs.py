@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from lemix_common.costs import Profile
+from lemix_common.costs import Profile, StageCosts
 from lemix_common.partition import cut_layers
 from lemix_common.schedules import Work as Pass
 from lemix_common.schedules import held_by_stage, schedule_named
@@ -45,9 +45,11 @@ class TrainingJob(Job):
         "forward_MS",
         "forward_began_S",
         "forwards_left_S",
+        "given_S",
         "hop_M",
         "next_S",
         "order_S",
+        "steps_before",
         "steps_left",
     )
 
@@ -73,6 +75,10 @@ class TrainingJob(Job):
         """On stage 0, which ends last."""
         self.steps_left = num_stages
         """Of the optimizer."""
+        self.given_S = [False] * num_stages
+        """As a worker: whether a stage has a piece of it to compute, one at a time."""
+        self.steps_before = 0
+        """As a worker: whose optimizers have to have run on a stage before its first piece."""
 
     def begins(self, stage: int, is_forward: bool, now: float) -> None:
         """Note a pass's begin, if it is its kind's first on that stage."""
@@ -142,13 +148,9 @@ class Iteration:
             self.through.append(job)
         return tokens
 
-    def seconds(self, costs: tuple[float, ...]) -> float:
-        """On a stage of such costs: one pass; beside prompts decoding has no fixed part of its own."""
-        forward, token, context, decode, row, cached = costs
-        own = row * self.rows + cached * self.contexts
-        if not self.prompt_tokens:
-            return decode + own
-        return forward + token * self.prompt_tokens + context * self.prompt_contexts + own
+    def seconds(self, costs: StageCosts) -> float:
+        """On a stage of such costs: one pass."""
+        return costs.iteration_s(self.prompt_tokens, self.prompt_contexts, self.rows, self.contexts)
 
     @property
     def all(self) -> list[GenerationJob]:

@@ -60,7 +60,9 @@ class Run:
         self.events: list[tuple[float, int, Handler, Any, Any]] = []
         """A heap; events of one moment in the order in which they were caused."""
         self.sequence = 0
-        self.state = ClusterState.idle(scenario.profile, scenario.nodes, now)
+        self.state = ClusterState.idle(
+            scenario.profile, scenario.nodes, now, training_gives_way=scenario.order == "urgency"
+        )
         # A policy that looks at nothing but which nodes are open needn't be told of anything else.
         self.tells = bool(getattr(scenario.policy, "uses_state", True))
         self.is_changed = False
@@ -86,8 +88,21 @@ class Run:
             self.state = self.state.backward_measured(job.work.item, job.node, stage, began, self.now)
         self.is_changed = True
 
-    def end(self, job: Job, first_token_at: float | None = None, gaps_s: tuple[float, ...] = ()) -> None:
-        """An item has ended now."""
+    def forget(self, job: Job) -> None:
+        """Tell the policy that an item has ended."""
+        if self.tells:
+            self.state = self.state.ended(job.work.item, job.node, self.now)
+        self.is_changed = True
+
+    def end(
+        self,
+        job: Job,
+        first_token_at: float | None = None,
+        gaps_s: tuple[float, ...] = (),
+        *,
+        is_known: bool = False,
+    ) -> None:
+        """An item has ended now; ``is_known``: the policy has been told."""
         work, now = job.work, self.now
         self.records[job.index] = Record(
             work.item,
@@ -102,7 +117,6 @@ class Run:
             gaps_s,
         )
         self.num_left -= 1
-        if self.tells:
-            self.state = self.state.ended(work.item, job.node, now)
-        self.is_changed = True
+        if not is_known:
+            self.forget(job)
         self.placing.ended(job)

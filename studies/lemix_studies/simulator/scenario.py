@@ -45,8 +45,8 @@ class Scenario:
     batch_wait_s: float = 0.01
     """`paper`: how long a node without requests waits for more than one."""
     pass_tokens: int = 0
-    """Above 0: prompts and scores share passes as in the workers, in chunks, of at most so many tokens. 0: a score is a
-    pass of its own, as in the paper, and prompts are never cut."""
+    """Above 0: as the workers do. Prompts and scores share passes, in chunks, of at most so many tokens; and see
+    `is_as_workers`. 0: a score is a pass of its own, as in the paper, and prompts are never cut."""
     max_block_s: float = 0.02
     """With `pass_tokens`: what chunks of prompts may add to the time between two tokens of others."""
     cut_s: float = 0.004
@@ -64,6 +64,16 @@ class Scenario:
     seed: int = 0
     """Likewise; nothing in the simulator is random."""
 
+    @property
+    def is_as_workers(self) -> bool:
+        """Whether stages keep to the workers' rules instead of the paper's.
+
+        A worker looks at what has arrived between two passes, or at a safepoint of training: that an iteration has
+        ended, too. It has one piece of a step at a time to compute. The next step comes when this one is committed,
+        and begins on a stage when that one's optimizer has run there.
+        """
+        return self.pass_tokens > 0
+
     def __post_init__(self) -> None:
         if self.nodes < 1:
             raise BadInput(f"{self.nodes} nodes: there must be at least 1")
@@ -79,6 +89,8 @@ class Scenario:
                 raise BadInput(f"there is no {name} {value!r}: use {', '.join(known)}")
         if self.pass_tokens < 0 or self.max_block_s <= 0:
             raise BadInput("pass_tokens must be 0 or more, max_block_s above 0")
+        if self.is_as_workers and self.release == "a-pp" and self.training:
+            raise BadInput("pass_tokens: workers that overlap steps (a-pp) are not simulated")
         if self.cut_s <= 0 or self.resize_every_s <= 0:
             raise BadInput("cut_s and resize_every_s must be above 0")
         if not 0 <= self.min_training_share <= 0.9:

@@ -25,8 +25,8 @@ class Scores:
         tokens = sum(lengths)
         contexts = sum([length * length for length in lengths])
         job.forward_S = [
-            base + token * tokens + context * contexts
-            for base, token, context, *_ in [stage.costs for stage in node.stages]
+            line.base + line.token * tokens + line.context * contexts
+            for line in [stage.costs.forward for stage in node.stages]
         ]
         hop = self._run.profile.hop
         job.hop_s = hop.base + hop.token * tokens

@@ -20,7 +20,7 @@ from lemix_studies.simulator.cluster import (
     Stage,
 )
 from lemix_studies.simulator.jobs import Iteration, Job, TrainingJob
-from lemix_studies.simulator.run import Run
+from lemix_studies.simulator.run import Handler, Run
 from lemix_studies.simulator.scenario import Interval, Wait
 
 
@@ -54,6 +54,13 @@ class Stages:
             self._start_next(stage)
         elif kind < OPTIMIZER <= stage.piece[0]:
             self._interrupt(stage)
+
+    def deliver(self, stage: Stage, handler: Handler, subject: object, detail: object = None) -> None:
+        """Have a worker take in what arrived: at once, but for one that computes a pass for requests, behind it."""
+        if stage.is_busy and stage.piece[0] < OPTIMIZER:
+            stage.inbox.append((handler, subject, detail))
+        else:
+            handler(subject, detail)
 
     def _start(self, stage: Stage, piece: Piece) -> None:
         run = self._run
@@ -111,6 +118,9 @@ class Stages:
             run.generations.ended(stage, cast("Iteration", job))
         else:
             run.trainings.ended(stage, kind, cast("TrainingJob", job), microbatch)
+        while stage.inbox:
+            handler, subject, detail = stage.inbox.popleft()
+            handler(subject, detail)
         stage.is_busy = False  # only now: what this piece made ready waits behind what was ready before
         self._start_next(stage)
 

@@ -89,9 +89,13 @@ class ClusterState:
     """The same as `nodes`, of more than a few."""
     iteration: Iteration
     history: History = History()
+    training_gives_way: bool = False
+    """Requests overtake what trains, and wait for each other only."""
 
     @classmethod
-    def idle(cls, profile: Profile, nodes: int, now: float = 0.0) -> ClusterState:
+    def idle(
+        cls, profile: Profile, nodes: int, now: float = 0.0, *, training_gives_way: bool = False
+    ) -> ClusterState:
         """So many open nodes that hold the model and have nothing to do."""
         states = (node_since(profile.num_stages, now),) * nodes
         facts_FN = np.zeros((NUM_FACTS, nodes))
@@ -105,6 +109,7 @@ class ClusterState:
             columns,
             iteration_of(profile),
             History(began_at=now),
+            training_gives_way,
         )
 
     @property
@@ -139,9 +144,9 @@ class ClusterState:
         """The work's predicted path is committed to the node."""
         times = pass_times(self.profile, work)
         before = self.nodes[node]
-        path = path_on(before, times, now)
+        path = path_on(before, times, now, overtakes=self.overtakes(work))
         response_s = path.forward_S[-1][1] - work.arrived_at + self.decode_s(work, node)
-        after = with_work(before, work, times, path, response_s)
+        after = with_work(before, work, times, path, response_s, gives_way=self.training_gives_way)
         facts_FN = self.facts_FN.copy()
         facts_FN[:, node] = _facts_with(facts_FN[:, node].tolist(), work, times)
         history = self.history
@@ -160,6 +165,9 @@ class ClusterState:
         """A forward of this work has ended on this stage (a request's prompt; of training, the last microbatch)."""
         del began  # what ran before it, its own end says as well
         before = self.nodes[node]
+        committed = before.find(item) if self.training_gives_way else None
+        if committed is not None and committed.kind == "train":
+            return self  # nobody waits for it
         after = after_forward(before, item, stage, ended)
         return self if after is before else self._with(node, after, self.facts_FN, self.history)
 
@@ -210,14 +218,17 @@ class ClusterState:
         """The node takes no more work; what it has it ends."""
         return self._opened(node, is_open=False, at=None)
 
+    def overtakes(self, work: Work) -> bool:
+        """Whether backwards that are still to come make way for the work."""
+        return self.training_gives_way and not work.is_training
+
     def decode_s(self, work: Work, node: int) -> float:
         """From the first to the last token of a generation, with the rows that the node decodes now."""
         if work.new_tokens <= 1:
             return 0.0
         rows = float(self.facts_FN[ROWS, node]) + len(work.lengths)
         contexts = float(self.facts_FN[CONTEXTS, node]) + work.decoded_contexts
-        each = self.iteration
-        return (work.new_tokens - 1) * (each.base_s + each.row_s * rows + each.context_s * contexts)
+        return (work.new_tokens - 1) * self.iteration.of(rows, contexts)
 
     def _opened(self, node: int, *, is_open: bool, at: float | None) -> ClusterState:
         is_open_N = self.is_open_N.copy()
@@ -228,7 +239,14 @@ class ClusterState:
             past.arrivals, past.responses, past.num_requests, past.num_trainings, moment, past.began_at
         )
         return ClusterState(
-            self.profile, self.nodes, is_open_N, self.facts_FN, self.columns, self.iteration, history
+            self.profile,
+            self.nodes,
+            is_open_N,
+            self.facts_FN,
+            self.columns,
+            self.iteration,
+            history,
+            self.training_gives_way,
         )
 
     def _with(self, node: int, after: NodeState, facts_FN: Floats, history: History) -> ClusterState:
@@ -236,7 +254,16 @@ class ClusterState:
         if columns is not None:
             columns = columns.replaced(node, after, had_backwards=any(self.nodes[node].backwards_S))
         nodes = (*self.nodes[:node], after, *self.nodes[node + 1 :])
-        return ClusterState(self.profile, nodes, self.is_open_N, facts_FN, columns, self.iteration, history)
+        return ClusterState(
+            self.profile,
+            nodes,
+            self.is_open_N,
+            facts_FN,
+            columns,
+            self.iteration,
+            history,
+            self.training_gives_way,
+        )
 
 
 def _facts_with(facts_F: list[float], work: Work, times: PassTimes) -> list[float]:

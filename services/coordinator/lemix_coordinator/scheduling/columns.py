@@ -67,6 +67,11 @@ def columns_of(nodes: Sequence[NodeState]) -> Columns:
     return columns
 
 
+def without_backwards(columns: Columns) -> Columns:
+    """As a work sees them that overtakes backwards."""
+    return Columns(columns.free_SN, columns.gaps_S3GN, (1,) * len(columns.num_S))
+
+
 def first_fit(
     columns: Columns, stage: int, ready_N: Floats, seconds: float, *, with_idle: bool
 ) -> tuple[Floats, Floats]:

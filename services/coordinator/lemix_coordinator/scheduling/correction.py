@@ -27,6 +27,8 @@ PRIOR: Final = 2.0
 RECENT: Final = 128
 _AT_MOST: Final = 3.0
 """Times what was expected, or by which it was less, that a measurement counts as."""
+_RESPONSE_AT_MOST: Final = 1.25
+"""The same of whole responses: a few meet somebody and take twice as long, and what most take is to be known."""
 
 KINDS: Final = ("prefill", "training_forward", "training_backward", "decode")
 """The kinds of spans that a line of `StageCosts` each predicts."""
@@ -41,6 +43,7 @@ class Correction:
     uu: float = 0.0
     r: float = 0.0
     ur: float = 0.0
+    at_most: float = _AT_MOST
     ratios: tuple[float, ...] = ()
     """Measured ÷ expected of the last ones, each by what was expected before it."""
 
@@ -48,7 +51,7 @@ class Correction:
         """One more pass: what the profile says of it (not what was corrected), and what it took; both above 0."""
         expected = self.of(predicted)
         ratio = measured / expected
-        counted = min(max(ratio, 1 / _AT_MOST), _AT_MOST) * expected
+        counted = min(max(ratio, 1 / self.at_most), self.at_most) * expected
         u, r = 1 / predicted, counted / predicted
         return Correction(
             count=self.count * KEPT + 1,
@@ -56,6 +59,7 @@ class Correction:
             uu=self.uu * KEPT + u * u,
             r=self.r * KEPT + r,
             ur=self.ur * KEPT + u * r,
+            at_most=self.at_most,
             ratios=(*self.ratios[1 - RECENT :], ratio),
         )
 
@@ -114,8 +118,8 @@ class Corrections:
             if kind not in KINDS or not 0 <= stage < profile.num_stages or not _is_of_one_kind(span):
                 continue
             tokens, contexts = float(span.get("tokens", 0)), float(span.get("contexts", 0))
-            line = _line(profile.stages[stage], kind)
-            predicted, measured = line.of(tokens, contexts), float(span["end"]) - float(span["start"])
+            predicted = _predicted_s(profile.stages[stage], kind, tokens, contexts)
+            measured = float(span["end"]) - float(span["start"])
             if tokens > 0 and predicted > 0 and measured > 0:
                 before = known.get((stage, kind), Correction())
                 known[stage, kind] = before.noted(predicted, measured)
@@ -142,9 +146,40 @@ class Corrections:
         )
 
 
+_UNKNOWN: Final = Correction(at_most=_RESPONSE_AT_MOST)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseCorrections:
+    """Of whole responses: what messages, sharing passes, and training beside a request add to the sum of its stages.
+
+    Learned of scores and generations apart, and with and without training on the node when they were placed.
+    """
+
+    by_situation: Mapping[tuple[str, bool], Correction] = field(default_factory=lambda: MappingProxyType({}))
+
+    def noted(
+        self, kind: str, beside_training: bool, *, predicted_s: float, measured_s: float
+    ) -> ResponseCorrections:
+        """With a request that has ended; ``predicted_s`` is what was predicted without this correction."""
+        if predicted_s <= 0 or measured_s <= 0:
+            return self
+        situation = (kind, beside_training)
+        known = self.by_situation.get(situation, _UNKNOWN).noted(predicted_s, measured_s)
+        return ResponseCorrections(MappingProxyType({**self.by_situation, situation: known}))
+
+    def of(self, kind: str, beside_training: bool, predicted_s: float) -> float:
+        """Seconds to expect."""
+        return self.by_situation.get((kind, beside_training), _UNKNOWN).of(predicted_s)
+
+
 def corrected(profile: Profile, spans: Iterable[Mapping[str, Any]]) -> Profile:
     """A profile as these spans put it right, from none before them."""
     return Corrections().noted(profile, spans).applied_to(profile)
+
+
+def _predicted_s(costs: StageCosts, kind: str, tokens: float, contexts: float) -> float:
+    return costs.decode_s(tokens, contexts) if kind == "decode" else _line(costs, kind).of(tokens, contexts)
 
 
 def _line(costs: StageCosts, kind: str) -> Cost:

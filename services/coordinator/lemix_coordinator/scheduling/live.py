@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from lemix_common.costs import Cost, Profile, StageCosts
-from lemix_coordinator.scheduling.cluster_state import ClusterState
+from lemix_coordinator.scheduling.cluster_state import TRAINING, ClusterState
 from lemix_coordinator.scheduling.columns import columns_of
-from lemix_coordinator.scheduling.correction import Corrections
+from lemix_coordinator.scheduling.correction import Corrections, ResponseCorrections
 from lemix_coordinator.scheduling.node_state import node_since
 from lemix_coordinator.scheduling.pass_times import iteration_of
+from lemix_coordinator.scheduling.prediction import trace
 from lemix_coordinator.scheduling.work import Work
 
 LAYER_S: Final = 2e-4
@@ -30,6 +31,9 @@ DRIFT: Final = 1.1
 """Costs that are off by more than this are replaced by the corrected ones."""
 
 
+Known = TypeVar("Known")
+
+
 @dataclass(frozen=True, slots=True)
 class LiveState:
     """The cluster as its leader sees it."""
@@ -38,13 +42,18 @@ class LiveState:
     """Before any correction."""
     cluster: ClusterState
     corrections: Corrections = field(default_factory=Corrections)
+    responses: ResponseCorrections = field(default_factory=ResponseCorrections)
+    placed: Mapping[str, tuple[float, bool]] = field(default_factory=lambda: MappingProxyType({}))
+    """Of each of these works, when it was given to its node, and whether that had training then."""
     where: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """Each work that is on a node, and that node."""
 
     @classmethod
-    def begin(cls, profile: Profile, nodes: int, now: float) -> LiveState:
+    def begin(
+        cls, profile: Profile, nodes: int, now: float, *, training_gives_way: bool = False
+    ) -> LiveState:
         """Nothing is known but the profile: no node is ready."""
-        cluster = ClusterState.idle(profile, nodes, now)
+        cluster = ClusterState.idle(profile, nodes, now, training_gives_way=training_gives_way)
         for node in range(nodes):
             cluster = cluster.closed(node)
         return cls(profile, cluster)
@@ -63,24 +72,53 @@ class LiveState:
         """It was given to a node; from another one, if it was there."""
         state = self.without(work.item, now)
         cluster = state.cluster.assigned(work, node, now)
-        return replace(state, cluster=cluster, where=MappingProxyType({**state.where, work.item: node}))
+        where = MappingProxyType({**state.where, work.item: node})
+        placed = MappingProxyType({**state.placed, work.item: (now, state.trains(node))})
+        return replace(state, cluster=cluster, where=where, placed=placed)
 
     def without(self, item: str, now: float) -> LiveState:
         """It has ended, or was taken back."""
         if item not in self.where:
             return self
-        left = {name: node for name, node in self.where.items() if name != item}
         cluster = self.cluster.ended(item, self.where[item], now)
-        return replace(self, cluster=cluster, where=MappingProxyType(left))
+        return replace(
+            self, cluster=cluster, where=_without(self.where, item), placed=_without(self.placed, item)
+        )
+
+    def with_answer(self, item: str, ended_at: float) -> LiveState:
+        """A request was answered; the next ones' predictions learn from it."""
+        committed = self.cluster.nodes[self.where[item]].find(item) if item in self.where else None
+        if committed is None:
+            return self
+        placed_at, beside_training = self.placed[item]
+        responses = self.responses.noted(
+            committed.kind,
+            beside_training,
+            predicted_s=committed.arrived_at + committed.response_s - placed_at,
+            measured_s=ended_at - placed_at,
+        )
+        return replace(self, responses=responses).without(item, ended_at)
+
+    def end_of(self, work: Work, node: int, now: float) -> float:
+        """When the work is expected to end if it is given to a node now, by how earlier ones' ends were off."""
+        left_s = work.arrived_at + trace(self.cluster, work, node, now).response_s - now
+        return now + self.responses.of(work.kind, self.trains(node), left_s)
+
+    def trains(self, node: int) -> bool:
+        """Whether training is on a node."""
+        return bool(self.cluster.facts_FN[TRAINING, node])
+
+    def gone(self, held: Mapping[str, int]) -> list[str]:
+        """Requests that are no longer where they were, by what nodes' streams hold."""
+        return [item for item, node in self.where.items() if held.get(item) != node and not is_training(item)]
 
     def with_outstanding(
         self, held: Mapping[str, int], unknown: Iterable[tuple[Work, int]], now: float
     ) -> LiveState:
         """The requests that nodes' streams hold, and where: others have ended; ``unknown`` ones are added, in order."""
         state = self
-        for item in [item for item, node in self.where.items() if held.get(item) != node]:
-            if not is_training(item):
-                state = state.without(item, now)
+        for item in self.gone(held):
+            state = state.without(item, now)
         for work, node in unknown:
             state = state.with_work(work, node, now)
         return state.with_idle_nodes(now)
@@ -164,6 +202,10 @@ _STEP: Final = "step:"
 _SAMPLE_TOKENS: Final = (64.0, 512.0)
 
 
+def _without(known: Mapping[str, Known], item: str) -> Mapping[str, Known]:
+    return MappingProxyType({name: value for name, value in known.items() if name != item})
+
+
 def _differ(one: Profile, other: Profile) -> bool:
     pairs = [
         (line_one.of(tokens), line_other.of(tokens))
@@ -172,7 +214,7 @@ def _differ(one: Profile, other: Profile) -> bool:
             (stage_one.forward, stage_other.forward),
             (stage_one.forward_of(is_training=True), stage_other.forward_of(is_training=True)),
             (stage_one.backward, stage_other.backward),
-            (stage_one.decode, stage_other.decode),
+            (stage_one.decode, stage_other.decode),  # rows are rounded alike in both
         )
         for tokens in _SAMPLE_TOKENS
     ]

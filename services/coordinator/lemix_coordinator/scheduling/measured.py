@@ -2,7 +2,8 @@
 
 What the worker measured is told by the kinds of its spans. Prompts and scores are one line, `forward`. Training's
 forward has one of its own: it keeps what the backward needs, layer by layer, and its matrices aren't rearranged for
-few rows; on a processor it takes a fifth more.
+few rows; on a processor it takes a fifth more. Where a stage rounds an iteration's rows (`row_steps`), its decodes are
+a line over the rows that are computed.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, Final
 
-from lemix_common.costs import Profile, StageCosts
+from lemix_common.costs import Profile, RowSteps, StageCosts, computed_rows
 from lemix_coordinator.scheduling.fitting import Fit, Sample, fit
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 """Of what the worker writes."""
 LINES: Final[Mapping[str, str]] = {
     "forward": "prefill",
@@ -39,7 +40,7 @@ def measured_profile(model: str, found: Mapping[str, Any]) -> MeasuredProfile:
     """The profile of a model from what ``python -m lemix_stage_worker.profiling`` found."""
     if found.get("schema") != SCHEMA:
         raise ValueError(f"measurements of schema {found.get('schema')!r}, not {SCHEMA}")
-    fits = tuple(_fits(stage["samples"]) for stage in found["stages"])
+    fits = tuple(_fits(stage["samples"], _row_steps(stage)) for stage in found["stages"])
     hop = fit([Sample(hop["tokens"], 0, hop["seconds"]) for hop in found["hops"]])
     errors = {line: _median_error([of_stage[line] for of_stage in fits]) for line in LINES}
     errors["hop"] = hop.held_out_error
@@ -56,11 +57,19 @@ def measured_profile(model: str, found: Mapping[str, Any]) -> MeasuredProfile:
     return MeasuredProfile(profile, fits)
 
 
-def _fits(samples: Sequence[Mapping[str, Any]]) -> dict[str, Fit]:
+def _fits(samples: Sequence[Mapping[str, Any]], row_steps: RowSteps) -> dict[str, Fit]:
+    def sample(of: Mapping[str, Any]) -> Sample:
+        computed = computed_rows(of["tokens"], row_steps if of["kind"] == LINES["decode"] else ())
+        return Sample(computed, of["contexts"], of["seconds"])
+
     return {
-        line: fit([Sample(s["tokens"], s["contexts"], s["seconds"]) for s in samples if s["kind"] == kind])
+        line: fit([sample(found) for found in samples if found["kind"] == kind])
         for line, kind in LINES.items()
     }
+
+
+def _row_steps(stage: Mapping[str, Any]) -> RowSteps:
+    return tuple((most, step) for most, step in stage["row_steps"])
 
 
 def _costs(stage: Mapping[str, Any], fits: Mapping[str, Fit]) -> StageCosts:
@@ -70,6 +79,7 @@ def _costs(stage: Mapping[str, Any], fits: Mapping[str, Fit]) -> StageCosts:
         training_forward=fits["training_forward"].cost,
         backward=fits["backward"].cost,
         decode=fits["decode"].cost,
+        row_steps=_row_steps(stage),
         optimizer_s=stage["optimizer_s"],
         activation_bytes=fit(kept).cost,
         kv_token_bytes=stage["kv_token_bytes"],

@@ -8,6 +8,9 @@ has ended and its own stage is free; the optimizer's step follows each.
 Predictions are replaced by measurements as these arrive. What is committed to a stage runs back to back, so what a
 measured end differs from the predicted one by is how much everything behind it moves too: kept as a shift of the
 stage, whatever is committed to it, so that a measurement costs the same with one work waiting and with ten thousand.
+
+Where training gives way to requests (the workers' order `urgency`), requests wait for each other only: what trains is
+kept for those that train, and nothing that requests run into.
 """
 
 from __future__ import annotations
@@ -94,8 +97,10 @@ def node_since(num_stages: int, ready_at: float) -> NodeState:
     return NodeState((ready_at,) * num_stages, (0.0,) * num_stages, ((),) * num_stages)
 
 
-def path_on(node: NodeState, times: PassTimes, now: float, *, forward_only: bool = False) -> Path:
-    """How the work would run if it were placed now."""
+def path_on(
+    node: NodeState, times: PassTimes, now: float, *, forward_only: bool = False, overtakes: bool = False
+) -> Path:
+    """How the work would run if it were placed now; past backwards, if it overtakes them."""
     ready = now
     idle = 0.0
     forwards: list[Span] = []
@@ -104,7 +109,7 @@ def path_on(node: NodeState, times: PassTimes, now: float, *, forward_only: bool
         begin = ready if ready > free else free
         is_far = False
         busy = 0.0
-        for backward in backwards:
+        for backward in () if overtakes else backwards:
             if begin + seconds <= backward.begin:
                 break
             busy += backward.end - backward.begin
@@ -132,24 +137,27 @@ def _backwards(node: NodeState, times: PassTimes, forwards: list[Span]) -> tuple
     return tuple(reversed(spans))
 
 
-def with_work(node: NodeState, work: Work, times: PassTimes, path: Path, response_s: float) -> NodeState:
-    """The node with this work committed to it."""
-    free_S = tuple([end for _, end in path.forward_S])
+def with_work(
+    node: NodeState, work: Work, times: PassTimes, path: Path, response_s: float, *, gives_way: bool = False
+) -> NodeState:
+    """The node with this work committed to it. ``gives_way``: training does, so that nobody waits for its forward."""
+    end_S = tuple([end for _, end in path.forward_S])
+    free_S = node.free_S if gives_way and work.is_training else end_S
     committed = Committed(
         work.item,
         work.kind,
         work.arrived_at,
         len(work.lengths),
-        tuple([end - shift for end, shift in zip(free_S, node.shift_S, strict=True)])
+        tuple([end - shift for end, shift in zip(end_S, node.shift_S, strict=True)])
         if any(node.shift_S)
-        else free_S,
+        else end_S,
         times.bytes_S,
         work.decoded_contexts,
         response_s,
         times.idle_s,
     )
     backwards_S = node.backwards_S
-    if path.backward_S or any(backwards_S):
+    if not gives_way and (path.backward_S or any(backwards_S)):
         backwards_S = tuple(
             [
                 tuple([one for one in backwards if one.end > free])

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from lemix_coordinator.scheduling.cluster_state import CONTEXTS, ROWS, ClusterState
-from lemix_coordinator.scheduling.columns import Columns, Floats, first_fit
+from lemix_coordinator.scheduling.columns import Columns, Floats, first_fit, without_backwards
 from lemix_coordinator.scheduling.node_state import Span, path_on
 from lemix_coordinator.scheduling.pass_times import PassTimes, pass_times
 from lemix_coordinator.scheduling.work import Work
@@ -48,11 +48,13 @@ def predict(state: ClusterState, work: Work, now: float, *, with_idle: bool = Tr
     """Of every node; idle times are left at 0 for who doesn't ask."""
     times = pass_times(state.profile, work)
     if state.columns is None:
-        paths = [path_on(node, times, now, forward_only=True) for node in state.nodes]
+        overtakes = state.overtakes(work)
+        paths = [path_on(node, times, now, forward_only=True, overtakes=overtakes) for node in state.nodes]
         ends_N = np.array([path.forward_S[-1][1] for path in paths])
         idle_N = np.array([path.idle_s for path in paths])
     else:
-        ends_N, idle_N = _ends(state.columns, times, now, with_idle=with_idle)
+        columns = without_backwards(state.columns) if state.overtakes(work) else state.columns
+        ends_N, idle_N = _ends(columns, times, now, with_idle=with_idle)
     response_N = ends_N - work.arrived_at
     if work.new_tokens > 1:
         response_N += _decode_s(state, work)
@@ -62,7 +64,7 @@ def predict(state: ClusterState, work: Work, now: float, *, with_idle: bool = Tr
 def trace(state: ClusterState, work: Work, node: int, now: float) -> Trace:
     """Of one node, stage by stage."""
     times = pass_times(state.profile, work)
-    path = path_on(state.nodes[node], times, now)
+    path = path_on(state.nodes[node], times, now, overtakes=state.overtakes(work))
     waits: list[Wait] = []
     handed_over = None
     for (begin, end), is_far in zip(path.forward_S, path.far_S, strict=True):
@@ -88,6 +90,4 @@ def _ends(columns: Columns, times: PassTimes, now: float, *, with_idle: bool) ->
 def _decode_s(state: ClusterState, work: Work) -> Floats:
     rows_N = state.facts_FN[ROWS] + len(work.lengths)
     contexts_N = state.facts_FN[CONTEXTS] + work.decoded_contexts
-    each = state.iteration
-    seconds: Floats = each.base_s + each.row_s * rows_N + each.context_s * contexts_N
-    return (work.new_tokens - 1) * seconds
+    return (work.new_tokens - 1) * state.iteration.of_all(rows_N, contexts_N)

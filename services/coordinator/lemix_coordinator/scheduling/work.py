@@ -25,6 +25,8 @@ class Work:
     """Seconds."""
     new_tokens: int = 0
     """Of `generate`: tokens of each row, at most."""
+    chunk_tokens: int = 0
+    """Of a request: the most of its tokens that share a pass, behind which the next stage begins; 0: all do."""
 
     @property
     def is_training(self) -> bool:

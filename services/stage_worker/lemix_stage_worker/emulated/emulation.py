@@ -29,19 +29,13 @@ class Emulation:
     """No token of ours is one of these, so a generation is as long as it was asked for."""
 
     def iteration_s(self, stage: int, starts: Sequence[int], lengths: Sequence[int]) -> float:
-        """Seconds of an iteration, a row each: the next token of some, prompts or chunks of prompts of others.
-
-        One that has both costs what its prompts cost alone, and its decodes on top without a base of their own.
-        """
+        """Seconds of an iteration, a row each: the next token of some, prompts or chunks of prompts of others."""
         costs = self.profile.stages[stage]
         contexts = [length * (start + length) for start, length in zip(starts, lengths, strict=True)]
         is_decode = [length == 1 and start > 0 for start, length in zip(starts, lengths, strict=True)]
         decodes = [context for context, decodes in zip(contexts, is_decode, strict=True) if decodes]
         prompts = sum(length for length, decodes in zip(lengths, is_decode, strict=True) if not decodes)
-        if not prompts:
-            return costs.decode.of(len(decodes), sum(decodes))
-        beside = costs.decode.token * len(decodes) + costs.decode.context * sum(decodes)
-        return costs.forward.of(prompts, sum(contexts) - sum(decodes)) + beside
+        return costs.iteration_s(prompts, sum(contexts) - sum(decodes), len(decodes), sum(decodes))
 
     def forward_s(self, stage: int, lengths: Sequence[int]) -> float:
         """Seconds of a training microbatch's forward, of these examples."""

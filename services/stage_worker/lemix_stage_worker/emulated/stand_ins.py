@@ -7,6 +7,7 @@ versions have equal hashes on every node, and other versions other ones; they ar
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,13 +56,19 @@ class Waiter:
         self.behind_s += _LEARN * (min(self.now() - waited_until, _MOST_BEHIND_S) - self.behind_s)
 
     def spend(self, seconds: float) -> Iterator[None]:
-        """Be busy for so long, with safepoints at which something else may come first."""
-        owed_s = 0.0
+        """Be busy for so long, with safepoints at which something else may come first.
+
+        A look at what has arrived there is part of the work.
+        """
+        owed_s, looked_since = 0.0, -math.inf
         for part_s in safepoints(seconds):
             began = self.now()
-            if (wait_s := part_s - owed_s) > 0:
+            if began - looked_since <= _MOST_BEHIND_S:
+                began = looked_since
+            if (wait_s := began + part_s - owed_s - self.now()) > 0:
                 self.sleep(wait_s)
-            owed_s = max(0.0, owed_s + self.now() - began - part_s)
+            looked_since = self.now()
+            owed_s = max(0.0, owed_s + looked_since - began - part_s)
             yield
 
 

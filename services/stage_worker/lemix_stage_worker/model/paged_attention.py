@@ -4,20 +4,19 @@ An iteration's tokens, of however many requests, are one row for everything but 
 are looked at by themselves: they attend to the keys and values of its blocks, where theirs have just been written. A
 run of blocks that lie next to each other is read where it is; only what is scattered is copied together first.
 
-A GPU takes longer to be told of a small piece of work than to do it. There all rows of one token (decodes) are attended
-to at once, their keys and values copied together.
+Rows of one token (decodes) are attended to at once, since they are many and each is little work (`token_attention`).
 
 This is the seam for other kernels: they'd take the same `PagedRow`s and the same cache.
 
-Shapes: T tokens of an iteration, H heads, G key-value heads, K values a head, S slots (one a token) of the cache, R
-rows of one token.
+Shapes: T tokens of an iteration, H heads, G key-value heads, K values a head, S slots (one a token) of the cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,28 +26,18 @@ from transformers import PreTrainedConfig
 from lemix_common.errors import ModelError
 from lemix_stage_worker.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from lemix_stage_worker.model.attention import BY_SEGMENTS
+from lemix_stage_worker.model.compiled_attention import can_attend
+from lemix_stage_worker.model.paged_row import Extent, PagedRow
 from lemix_stage_worker.model.source import ModelSource
 from lemix_stage_worker.model.stage import StageModel
+from lemix_stage_worker.model.token_attention import CopiedTokens, ReadTokens, TokensAtOnce
+
+AttendsTokens = Literal["one by one", "in place", "copied"]
+"""How rows of one token are attended to: each by a call of its own; at once, where keys and values are or copied."""
 
 
 class StaleBlock(Exception):
     """A block holds keys and values of other weights than those that want to read it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagedRow:
-    """Consecutive tokens of one sequence in an iteration."""
-
-    start: int
-    """The position of the first of them."""
-    length: int
-    blocks: tuple[int, ...]
-    """The sequence's block table, up to its last token here."""
-
-    @property
-    def end(self) -> int:
-        """Tokens of the sequence that are known after them."""
-        return self.start + self.length
 
 
 @dataclass(eq=False)
@@ -60,11 +49,12 @@ class KeyValueCache:
     values_GSK: list[Tensor]
     versions: list[str] = field(init=False)
     """By block: the weights that computed what it holds."""
-    gathers: bool = field(init=False)
-    """Rows of one token are attended to at once."""
+    attends_tokens: AttendsTokens = field(init=False)
 
     def __post_init__(self) -> None:
-        self.gathers = self.keys_GSK[0].device.type != "cpu"
+        keys_GSK = self.keys_GSK[0]
+        on_processor: AttendsTokens = "in place" if can_attend(keys_GSK) else "one by one"
+        self.attends_tokens = on_processor if keys_GSK.device.type == "cpu" else "copied"
         self.versions = [""] * (self.keys_GSK[0].shape[1] // BLOCK_TOKENS)
 
     @classmethod
@@ -111,19 +101,27 @@ class PagedRows:
     cache: KeyValueCache
     rows: tuple[PagedRow, ...]
     slots_T: Tensor
-    lengths: list[int] = field(init=False)
-    """Tokens of each row."""
-    _extents: list[list[tuple[int, int]]] = field(init=False)
-    """By row: the runs of slots, from and to, that hold its keys and values."""
+    _by_itself: list[tuple[int, PagedRow, list[Extent]]] = field(init=False)
+    """Rows that are attended to by a call of their own: where they begin, and what holds their keys and values."""
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
-    """By row and window; the same for all layers."""
-    _tokens: _TokenRows | None = field(init=False)
+    """By a row's begin and window; the same for all layers."""
+    _at_once: TokensAtOnce | None = field(init=False)
     """The rows that are attended to at once."""
 
     def __post_init__(self) -> None:
-        self.lengths = [row.length for row in self.rows]
-        self._extents = [_extents(row) for row in self.rows]
-        self._tokens = _token_rows(self.rows, self.slots_T.device) if self.cache.gathers else None
+        begins = accumulate((row.length for row in self.rows), initial=0)
+        placed = list(zip(begins, self.rows, strict=False))
+        tokens = [(at, row) for at, row in placed if row.length == 1]
+        match self.cache.attends_tokens:
+            case "in place" if tokens:
+                self._at_once = ReadTokens(tokens)
+            case "copied" if len(tokens) > 1:  # one alone needs no copies
+                self._at_once = CopiedTokens(tokens, self.slots_T.device)
+            case _:
+                self._at_once = None
+        self._by_itself = [
+            (at, row, row.extents()) for at, row in placed if row.length > 1 or self._at_once is None
+        ]
 
     @property
     def positions_T(self) -> Tensor:
@@ -145,104 +143,38 @@ class PagedRows:
         keys_GSK, values_GSK = self.cache.keys_GSK[layer], self.cache.values_GSK[layer]
         keys_GSK.index_copy_(1, self.slots_T, key_GTK)
         values_GSK.index_copy_(1, self.slots_T, value_GTK)
-        heads, groups = query_HTK.shape[0], keys_GSK.shape[0]
-        queries = torch.split_with_sizes(query_HTK[None], self.lengths, dim=2)
-        at_once: dict[int, Tensor] = {}
-        if self._tokens is not None:
-            at_once = self._tokens.attend(query_HTK, keys_GSK, values_GSK, scale=scale, window=window)
-        found: list[Tensor] = []
-        for index, (row, extents, query) in enumerate(zip(self.rows, self._extents, queries, strict=True)):
-            if index in at_once:
-                found.append(at_once[index])
-                continue
+        heads, groups, size = query_HTK.shape[0], keys_GSK.shape[0], query_HTK.shape[2]
+        output_THK = query_HTK.new_empty(query_HTK.shape[1], heads, size)
+        if self._at_once is not None:
+            self._at_once.attend(query_HTK, keys_GSK, values_GSK, output_THK, scale=scale, window=window)
+        for at, row, extents in self._by_itself:
+            query, end = query_HTK[None, :, at : at + row.length], at + row.length
             is_token = row.length == 1
             if is_token and heads > groups:  # the heads of a group are as many queries to its keys
-                query = query.view(1, groups, heads // groups, -1)  # noqa: PLW2901 - the same values
+                query = query.reshape(1, groups, heads // groups, size)
             is_plain = window is None or row.end <= window
             output = scaled_dot_product_attention(
                 query,
                 _read(keys_GSK, extents),
                 _read(values_GSK, extents),
-                attn_mask=None if is_plain and (is_token or row.start == 0) else self._mask(index, window),
+                attn_mask=None if is_plain and (is_token or row.start == 0) else self._mask(at, row, window),
                 is_causal=is_plain and row.start == 0 and not is_token,
                 scale=scale,
                 enable_gqa=heads > groups and not is_token,
             )
-            found.append(output.reshape(1, heads, 1, -1) if is_token else output)
-        output_HTK = found[0] if len(found) == 1 else torch.cat(found, dim=2)
-        return output_HTK[0].transpose(0, 1)
+            output_THK[at:end] = output.reshape(heads, row.length, size).transpose(0, 1)
+        return output_THK
 
-    def _mask(self, index: int, window: int | None) -> Tensor:
+    def _mask(self, at: int, row: PagedRow, window: int | None) -> Tensor:
         """Which keys a row's tokens may look at: (tokens, keys)."""
-        if (index, window) not in self._masks:
-            row, device = self.rows[index], self.slots_T.device
+        if (at, window) not in self._masks:
+            device = self.slots_T.device
             behind = torch.arange(row.start, row.end, device=device)[:, None] - torch.arange(
                 row.end, device=device
             )
             allowed = behind >= 0
-            self._masks[index, window] = allowed if window is None else allowed & (behind < window)
-        return self._masks[index, window]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _TokenRows:
-    """Rows of one token, which are attended to at once."""
-
-    indices: tuple[int, ...]
-    """Which of the iteration's rows they are."""
-    at_R: Tensor
-    """Where they are among its tokens."""
-    ends_R: Tensor
-    slots_RS: Tensor
-    """Of each one's keys; a shorter one's first again where it has none, so that nobody reads what isn't its own."""
-
-    def attend(
-        self,
-        query_HTK: Tensor,
-        keys_GSK: Tensor,
-        values_GSK: Tensor,
-        *,
-        scale: float | None,
-        window: int | None,
-    ) -> dict[int, Tensor]:
-        """By row, what its token sees: (1, H, 1, K)."""
-        heads, groups, size = query_HTK.shape[0], keys_GSK.shape[0], query_HTK.shape[2]
-        position_S = torch.arange(self.slots_RS.shape[1], device=self.ends_R.device)
-        allowed_RS = position_S < self.ends_R[:, None]
-        if window is not None:
-            allowed_RS &= position_S >= self.ends_R[:, None] - window
-        output = scaled_dot_product_attention(
-            query_HTK[:, self.at_R].transpose(0, 1).reshape(-1, groups, heads // groups, size),
-            keys_GSK[:, self.slots_RS].transpose(0, 1),
-            values_GSK[:, self.slots_RS].transpose(0, 1),
-            attn_mask=allowed_RS[:, None, None],
-            scale=scale,
-        )
-        rows = output.reshape(-1, 1, heads, 1, size).unbind()
-        return dict(zip(self.indices, rows, strict=True))
-
-
-def _token_rows(rows: Sequence[PagedRow], device: torch.device) -> _TokenRows | None:
-    """Those of an iteration; None where there is no second one."""
-    indices = tuple(index for index, row in enumerate(rows) if row.length == 1)
-    if len(indices) < 2:  # one alone needs no copies
-        return None
-    starts = list(accumulate((row.length for row in rows), initial=0))
-    most = max(len(rows[index].blocks) for index in indices)
-    blocks_RN = torch.tensor([_padded(rows[index].blocks, most) for index in indices], device=device)
-    ends_R = torch.tensor([rows[index].end for index in indices], device=device)
-    slots_RS = (blocks_RN[:, :, None] * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=device)).flatten(1)
-    is_own_RS = torch.arange(slots_RS.shape[1], device=device) < ends_R[:, None]
-    return _TokenRows(
-        indices=indices,
-        at_R=torch.tensor([starts[index] for index in indices], device=device),
-        ends_R=ends_R,
-        slots_RS=torch.where(is_own_RS, slots_RS, slots_RS[:, :1]),
-    )
-
-
-def _padded(blocks: Sequence[int], length: int) -> list[int]:
-    return [*blocks, *[0] * (length - len(blocks))]
+            self._masks[at, window] = allowed if window is None else allowed & (behind < window)
+        return self._masks[at, window]
 
 
 def num_kv_blocks(source: ModelSource, layers: Sequence[range], *, max_running: int, kv_bytes: int) -> int:
@@ -269,22 +201,7 @@ def key_value_shape(config: PreTrainedConfig) -> tuple[int, int]:
     return int(getattr(config, "num_key_value_heads", None) or heads), int(size)
 
 
-def _extents(row: PagedRow) -> list[tuple[int, int]]:
-    """Runs of neighbouring blocks as runs of slots, the last one up to the row's end."""
-    breaks = [
-        index for index, (before, block) in enumerate(pairwise(row.blocks), start=1) if block != before + 1
-    ]
-    runs = pairwise([0, *breaks, len(row.blocks)])
-    return [
-        (
-            row.blocks[a] * BLOCK_TOKENS,
-            row.blocks[a] * BLOCK_TOKENS + min(b * BLOCK_TOKENS, row.end) - a * BLOCK_TOKENS,
-        )
-        for a, b in runs
-    ]
-
-
-def _read(states_GSK: Tensor, extents: Sequence[tuple[int, int]]) -> Tensor:
+def _read(states_GSK: Tensor, extents: Sequence[Extent]) -> Tensor:
     """(1, G, tokens, K): in place where it is one run."""
     if len(extents) == 1:
         begin, end = extents[0]

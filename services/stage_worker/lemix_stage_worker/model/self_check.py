@@ -18,7 +18,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from lemix_common.errors import ModelError
 from lemix_stage_worker.kv_blocks import num_blocks_for
-from lemix_stage_worker.model.paged_attention import KeyValueCache, PagedRow
+from lemix_stage_worker.model.paged_attention import KeyValueCache
+from lemix_stage_worker.model.paged_row import PagedRow
 from lemix_stage_worker.model.skeleton import (
     HEAD_WEIGHT,
     build_skeleton,

@@ -26,7 +26,7 @@ from lemix_stage_worker.profiling.subject import Subject, Took, host_stage
 
 log = structlog.get_logger()
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 _SHORT_S: Final = 0.05
 _MOST_REPETITIONS: Final = 4
 
@@ -104,6 +104,7 @@ def _measure_stage(
             {"tokens": cell.tokens, "contexts": cell.contexts, "bytes": subject.activation_bytes(cell)}
             for cell in trained
         ],
+        "row_steps": subject.row_steps,
         "samples": [asdict(sample) for sample in samples],
     }
 

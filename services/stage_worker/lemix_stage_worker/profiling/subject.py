@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from lemix_common.costs import RowSteps
 from lemix_common.ids import BASE_VERSION
 from lemix_common.messages import Frame, RunForward
 from lemix_common.sampling import Sampling
@@ -32,7 +33,7 @@ from lemix_stage_worker.hosted_stage import (
 )
 from lemix_stage_worker.kv_blocks import BLOCK_TOKENS, num_blocks_for
 from lemix_stage_worker.layer_passes import HeadPass, LayerPass
-from lemix_stage_worker.model.packed_linear import pack_stage
+from lemix_stage_worker.model.packed_linear import ROW_STEPS, pack_stage
 from lemix_stage_worker.model.paged_attention import key_value_shape
 from lemix_stage_worker.model.sampling import Chooser
 from lemix_stage_worker.model.source import ModelSource
@@ -127,6 +128,11 @@ class Subject:
         return self._timed(step)
 
     # ---- what isn't time
+    @property
+    def row_steps(self) -> RowSteps:
+        """How the rows of an iteration are rounded."""
+        return ROW_STEPS if self.host.versions[_VERSION].is_packed else ()
+
     @property
     def kv_token_bytes(self) -> int:
         heads, size = key_value_shape(self.host.template.base.config)
