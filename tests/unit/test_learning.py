@@ -2,13 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from lemix_common.ids import Version
-from lemix_common.messages import Frame, LoadTraining, RunStep, StepCommitted, WriteShards
+from lemix_common.messages import AddShardGradients, Frame, LoadTraining, RunStep, StepCommitted, WriteShards
 from lemix_common.settings import ClusterSettings
 from lemix_common.store.training import GradientReport, PlannedStep
 from lemix_stage_worker.hosted_stage import HostedStage
@@ -54,6 +54,11 @@ class CountingState:
         assert scale == 1.0
         yield
         self.step += 1
+
+    def squares(self, gradients: Mapping[str, Tensor]) -> tuple[float, ...]:
+        """Of none."""
+        assert not gradients
+        return ()
 
     def snapshot(self, *, optimizer: bool) -> dict[str, Tensor]:
         """Nothing."""
@@ -186,6 +191,21 @@ def test_a_snapshot_waits_for_its_step() -> None:
     learner.write_shards(WriteShards(operation="a", step=4, **about))
     assert around.said == [("write_shard", 5)]
     assert learner.snapshots == []
+
+
+def test_steps_that_overlap_are_reported_in_their_order() -> None:
+    """Another node's gradients of the later one came first: its last report would commit nothing, and come no more."""
+    learner, around = learner_with_gradients()
+    nothing: Any = object()
+    elsewhere: dict[str, Any] = ABOUT | {"shard_nodes": (1,), "members": (0, 1), "epochs": (1, 1)}
+    for step in (5, 6):
+        notice = RunStep(step=step, attempt=3, weights=4, **elsewhere)
+        learner.steps[step] = StepWork(notice, node=0, weights=nothing)
+        learner.steps[step].plan(replace(PLANNED, step=step), {}, 0.0)
+    for step in (6, 5):
+        about: dict[str, Any] = {"node": 0, "stage": 0, "epoch": 1, "run": "main", "step": step, "attempt": 3}
+        learner.frame(AddShardGradients(shard=0, **about), (), lambda: None, 0.0)
+    assert around.said == [("gradients_ready", 5, 3), ("gradients_ready", 6, 3)]
 
 
 def test_a_stage_that_is_told_to_load_forgets_its_attempt() -> None:
