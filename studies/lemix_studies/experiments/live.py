@@ -81,7 +81,7 @@ def run_live(
     ``slowdown``: of emulated accelerators; None: as much as short requests and steps need. `BadInput` for what can't
     be run so.
     """
-    with _folder() as folder:
+    with scratch_folder() as folder:
         plan = plan_live(point, on=on, model=model, folder=folder, sources=sources, slowdown=slowdown)
         directory = report or folder / "report"
         directory.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,8 @@ def _refuse_ablations(variant: Variant) -> None:
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
+def scratch_folder() -> Iterator[Path]:
+    """For a point's files; gone afterwards."""
     path = Path(tempfile.mkdtemp(prefix="lemix-study-"))
     try:
         yield path

@@ -12,6 +12,7 @@ from typing import Any
 
 from lemix_common.costs import Profile
 from lemix_common.profile_file import read_profile
+from lemix_coordinator.expectations import SLO_FACTOR
 from lemix_coordinator.scheduling.policies import Policy, PolicyOptions, make_policy
 from lemix_studies.accelerators import profile_of
 from lemix_studies.experiments.bounds import lower_bounds
@@ -20,9 +21,6 @@ from lemix_studies.experiments.runners import CloseUp
 from lemix_studies.experiments.settings import Point, Setting, Variant
 from lemix_studies.experiments.workloads import Sources, Workload, workload_of
 from lemix_studies.simulator import Outcome, Scenario, measures, simulate, slo_base_s
-
-SLO_FACTOR = 5
-"""Policies are told to keep this many times what requests take on an idle node."""
 
 
 class SimulatorRunner:

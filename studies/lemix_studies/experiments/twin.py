@@ -7,17 +7,15 @@ a score all but the last one. What is left between the two is what messages, the
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Final, cast
+from typing import cast
 
 from lemix_common.errors import BadInput
+from lemix_coordinator.expectations import SLO_FACTOR
 from lemix_coordinator.scheduling.policies import PolicyOptions, Preference, make_policy
 from lemix_coordinator.scheduling.work import Work
-from lemix_studies.experiments.live import CONTEXT_LENGTH, LivePlan, plan_live
+from lemix_studies.experiments.live import CONTEXT_LENGTH, LivePlan, plan_live, scratch_folder
 from lemix_studies.experiments.live_measures import in_its_time
 from lemix_studies.experiments.settings import Point
 from lemix_studies.experiments.workloads import Sources
@@ -26,21 +24,13 @@ from lemix_studies.simulator import Scenario, measures, simulate, slo_base_s
 from lemix_studies.simulator.scenario import MicrobatchSchedule, Order
 from lemix_studies.workload import PlannedArrival
 
-SAFEPOINT_S: Final = 0.004
-"""Of emulated training, whatever it is slowed down by."""
-SLO_FACTOR: Final = 5
-"""The coordinator's objective, where the settings have none."""
-
 
 def simulated_twin(
     point: Point, *, sources: Sources | None = None, slowdown: float | None = None
 ) -> dict[str, object]:
     """The measures that `run_live` would have of an emulated cluster that takes no time of its own."""
-    folder = Path(tempfile.mkdtemp(prefix="lemix-twin-"))
-    try:
+    with scratch_folder() as folder:
         plan = plan_live(point, on="emulated", model=None, folder=folder, sources=sources, slowdown=slowdown)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return in_its_time(measures(simulate(twin_of(plan))), plan.slowdown)
 
 
@@ -71,7 +61,6 @@ def twin_of(plan: LivePlan) -> Scenario:
         decode_batch=settings.max_running // settings.stages,
         pass_tokens=CONTEXT_LENGTH,
         max_block_s=settings.max_block_ms / 1000,
-        cut_s=SAFEPOINT_S,
         min_training_share=settings.min_training_share,
         slo_s=slo_s,
         seed=settings.seed,

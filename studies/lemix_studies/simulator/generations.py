@@ -48,10 +48,7 @@ class Generations:
 
     def begin(self, node: Node, job: GenerationJob) -> None:
         """In line for its prompts' passes."""
-        if self._as_worker:
-            self._run.stages.deliver(node.stages[0], self._line_up, node, job)
-        else:
-            self._line_up(node, job)
+        self._run.stages.deliver(node.stages[0], self._line_up, node, job)
 
     def _line_up(self, node: Node, job: GenerationJob) -> None:
         node.generating.waiting.append(job)
@@ -119,10 +116,7 @@ class Generations:
         self._ask(node)
 
     def _arrived(self, stage: Stage, iteration: Iteration) -> None:
-        if self._as_worker:
-            self._run.stages.deliver(stage, self._wait, iteration, stage)
-        else:
-            self._wait(iteration, stage)
+        self._run.stages.deliver(stage, self._wait, iteration, stage)
 
     def _wait(self, iteration: Iteration, stage: Stage) -> None:
         self._run.stages.enqueue(stage, ITERATION, iteration, 0, 0.0)

@@ -24,10 +24,7 @@ class Scores:
         lengths = work.lengths
         tokens = sum(lengths)
         contexts = sum([length * length for length in lengths])
-        job.forward_S = [
-            line.base + line.token * tokens + line.context * contexts
-            for line in [stage.costs.forward for stage in node.stages]
-        ]
+        job.forward_S = [stage.costs.forward.of(tokens, contexts) for stage in node.stages]
         hop = self._run.profile.hop
         job.hop_s = hop.base + hop.token * tokens
         return job

@@ -27,10 +27,11 @@ from lemix_studies.simulator.scenario import Interval, Wait
 class Stages:
     """All nodes' stages."""
 
-    __slots__ = ("_cut_s", "_is_fifo", "_keeps", "_run")
+    __slots__ = ("_as_worker", "_cut_s", "_is_fifo", "_keeps", "_run")
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._as_worker = run.scenario.is_as_workers
         self._is_fifo = run.scenario.order == "fifo"
         self._keeps = run.scenario.keep_intervals
         self._cut_s = run.scenario.cut_s
@@ -56,8 +57,8 @@ class Stages:
             self._interrupt(stage)
 
     def deliver(self, stage: Stage, handler: Handler, subject: object, detail: object = None) -> None:
-        """Have a worker take in what arrived: at once, but for one that computes a pass for requests, behind it."""
-        if stage.is_busy and stage.piece[0] < OPTIMIZER:
+        """Have a stage take in what arrived: at once, but a worker that computes a pass for requests, behind it."""
+        if self._as_worker and stage.is_busy and stage.piece[0] < OPTIMIZER:
             stage.inbox.append((handler, subject, detail))
         else:
             handler(subject, detail)

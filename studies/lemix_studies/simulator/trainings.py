@@ -133,10 +133,7 @@ class Trainings:
         self._run.push(self._run.now + job.hop_M[step[1]], self._arrived, stage, (job, step))
 
     def _arrived(self, stage: Stage, what: tuple[TrainingJob, tuple[bool, int]]) -> None:
-        if self._as_worker:
-            self._run.stages.deliver(stage, self._take, stage, what)
-        else:
-            self._take(stage, what)
+        self._run.stages.deliver(stage, self._take, stage, what)
 
     def _take(self, stage: Stage, what: tuple[TrainingJob, tuple[bool, int]]) -> None:
         job, step = what

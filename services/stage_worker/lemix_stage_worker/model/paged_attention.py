@@ -53,9 +53,11 @@ class KeyValueCache:
 
     def __post_init__(self) -> None:
         keys_GSK = self.keys_GSK[0]
-        on_processor: AttendsTokens = "in place" if can_attend(keys_GSK) else "one by one"
-        self.attends_tokens = on_processor if keys_GSK.device.type == "cpu" else "copied"
-        self.versions = [""] * (self.keys_GSK[0].shape[1] // BLOCK_TOKENS)
+        if can_attend(keys_GSK):
+            self.attends_tokens = "in place"
+        else:
+            self.attends_tokens = "one by one" if keys_GSK.device.type == "cpu" else "copied"
+        self.versions = [""] * (keys_GSK.shape[1] // BLOCK_TOKENS)
 
     @classmethod
     def of(cls, stage: StageModel, num_blocks: int) -> KeyValueCache:

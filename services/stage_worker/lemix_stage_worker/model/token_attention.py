@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,22 +18,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from lemix_stage_worker.kv_blocks import BLOCK_TOKENS
 from lemix_stage_worker.model.compiled_attention import attend_in_place
 from lemix_stage_worker.model.paged_row import Extent, PagedRow
-
-
-class TokensAtOnce(Protocol):
-    """Rows of one token, which are attended to at once."""
-
-    def attend(
-        self,
-        query_HTK: Tensor,
-        keys_GSK: Tensor,
-        values_GSK: Tensor,
-        output_THK: Tensor,
-        *,
-        scale: float | None,
-        window: int | None,
-    ) -> None:
-        """Write what they see into their places of the output."""
 
 
 @dataclass(eq=False)
@@ -122,3 +105,7 @@ class CopiedTokens:
 
 def _padded(blocks: Sequence[int], length: int) -> list[int]:
     return [*blocks, *[0] * (length - len(blocks))]
+
+
+TokensAtOnce = ReadTokens | CopiedTokens
+"""Rows of one token, whose `attend` writes what they see into their places of the output."""
